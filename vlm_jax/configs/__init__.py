@@ -1,0 +1,1 @@
+"""Recipes: one Python file each, `get_config(arg)`. `base.py` has every field."""

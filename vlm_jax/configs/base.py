@@ -1,0 +1,160 @@
+"""Every field of a config, with its default. A recipe changes what it needs and adds nothing."""
+
+from ml_collections import ConfigDict
+
+
+def source(**overrides) -> ConfigDict:
+  """One data source of the mix.
+
+  A recipe names its sources itself: `config.data.sources.easy_vqa = source(name="easy_vqa", ...)`.
+  """
+  config = ConfigDict(
+    dict(
+      name="",  # module in vlm_jax/data/sources, or a dotted name of your own
+      split="train",  # split the training reads
+      ratio=1,  # documents of this source in one sampling cycle (whole number)
+      weight=1.0,  # lambda of this source's loss: total = sum of weight * sum / sum of weights
+      form="",  # how the source writes documents; each source lists its forms
+      augment=(),  # image transforms by name, see vlm_jax/data/images.py
+      images="real",  # "real", "none" (blind control), "shuffled" (another image of the split)
+    )
+  )
+  with config.unlocked():
+    config.update(overrides)
+  return config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The defaults. `arg` is read by recipes; "debug" shrinks any of them to seconds."""
+  del arg
+  config = ConfigDict()
+  config.seed = 0  # parameters, shuffling, layouts and augmentation are functions of it
+  config.outside = True  # modules outside vlm_jax may be named (False when read from a checkpoint)
+
+  config.fusion = ConfigDict(
+    dict(
+      name="prefix_lm",  # module in vlm_jax/fusion
+      image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
+      stage="all",  # which of the strategy's STAGES trains
+      objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
+    )
+  )
+  config.tower = ConfigDict(
+    dict(
+      name="vit",  # module in vlm_jax/towers
+      image_size=64,  # height and width of the pixels it sees
+      patch=8,
+      width=128,
+      depth=4,
+      mlp=512,
+      heads=4,
+      class_token=False,  # prepend a learned token (dropped again before the connector)
+      pre_norm=False,  # CLIP: a LayerNorm before the first block
+      post_norm=True,  # LayerNorm after the last block
+      feature_layer=-1,  # which hidden state the connector reads: -1 last, -2 the one before (LLaVA)
+      patch_bias=True,
+      activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
+      norm_eps=1e-6,
+      remat="none",  # none, dots, full: what the backward pass recomputes
+    )
+  )
+  config.connector = ConfigDict(
+    dict(
+      name="mlp",  # module in vlm_jax/connectors
+      hidden=0,  # width of the hidden layer, 0: the language model's width
+      activation="gelu",
+      bias=True,
+    )
+  )
+  config.llm = ConfigDict(
+    dict(
+      name="llama",  # module in vlm_jax/llm
+      vocab_size=1024,  # must be the tokenizer's, checked at start
+      width=128,
+      depth=4,
+      mlp=512,
+      heads=4,
+      kv_heads=4,  # key/value groups; fewer than heads: grouped-query attention
+      head_dim=0,  # 0: width / heads
+      rope_theta=10000.0,
+      norm_eps=1e-5,
+      activation="silu",
+      tie_embeddings=True,
+      remat="none",
+    )
+  )
+  config.attention = ConfigDict(
+    dict(
+      implementation="auto",  # auto: the first that does not decline; or one by name
+      block_q=64,  # block sizes of the blocked implementations
+      block_k=128,
+    )
+  )
+  config.precision = ConfigDict(dict(param="float32", compute="float32"))
+
+  config.data = ConfigDict(
+    dict(
+      root="data",  # where `vlm-jax data prepare` wrote the ArrayRecord files
+      sources=ConfigDict(),  # name to source(...)
+      rows=16,  # packed rows of one step, over all hosts
+      tokens=512,  # slots of a row's text axis
+      images=4,  # image slots of a row
+      window=0,  # longest piece of a document in tokens, 0: a whole row
+      shards=1,  # logical data shards, divisible by every number of hosts you will use
+      workers=0,  # processes that read, decode and lay out, per shard and source
+      prefetch=2,  # packed steps kept ready
+      bad_limit=0.01,  # abort when more than this share of records is bad
+      tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
+    )
+  )
+  config.train = ConfigDict(
+    dict(
+      steps=1000,
+      accumulation=1,  # split the rows of a step into this many backward passes
+      log_every=20,
+      checkpoint_every=200,
+      keep=2,  # newest checkpoints kept
+      keep_every=0,  # also keep every n-th step for ever (0: none)
+      eval_every=0,  # in-loop evaluation every n steps (0: at the end only)
+      compilation_cache="",  # folder of the persistent compilation cache; "": below data.root
+    )
+  )
+  config.optim = ConfigDict(
+    dict(
+      name="adamw",
+      lr=1e-3,  # peak learning rate
+      schedule="cosine",  # constant, linear, cosine, rsqrt after the warm-up
+      warmup=50,  # steps
+      end_lr=0.0,  # share of the peak at the last step
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      decay_pattern=r".*(kernel|embedding)$",  # parameters that weight decay applies to
+      clip=1.0,  # global gradient norm, 0: off
+      groups=(),  # (pattern, learning rate multiplier), first match wins
+      frozen=(),  # patterns that never train, e.g. "tower/.*", "llm/layers[:2]/.*"
+    )
+  )
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
+  return config
+
+
+def evaluation(**overrides) -> ConfigDict:
+  """One evaluation: `config.evals.easy_vqa = evaluation(kind="vqa", source="easy_vqa", ...)`."""
+  config = ConfigDict(
+    dict(
+      kind="vqa",  # module in vlm_jax/evals: vqa, perplexity
+      source="",  # which of config.data.sources it reads
+      split="validation",
+      form="",  # "": the source's own form
+      images="real",  # "real", "none", "shuffled": the controls
+      batch=64,  # documents generated together
+      limit=0,  # documents read, 0: all
+      max_tokens=8,  # generated tokens
+    )
+  )
+  with config.unlocked():
+    config.update(overrides)
+  return config

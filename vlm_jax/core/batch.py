@@ -1,0 +1,78 @@
+"""What a model sees: a pytree of static shapes, B packed rows."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from vlm_jax.core.layout import Field
+from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """One packed text axis, T slots a row.
+
+  Attributes:
+    tokens: i32[B,T].
+    targets: i32[B,T], the token each slot predicts.
+    fill: i32[B,T], row of the media table that fills the slot, -1 the token embedding.
+    positions: i32[B,T] for position embeddings; restart per document.
+    segment_ids: i32[B,T], 1.. per document of the row, 0 padding.
+    source_ids: i32[B,T], index of the data source.
+    loss_weights: objective to f32[B,T].
+  """
+
+  tokens: Array
+  targets: Array
+  fill: Array
+  positions: Array
+  segment_ids: Array
+  source_ids: Array
+  loss_weights: dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+  """One image axis, N slots a row: values u8[B,N,Height,Width,3], segment_ids i32[B,N] (0 empty)."""
+
+  values: Array
+  segment_ids: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Streams, media and masks by name."""
+
+  streams: dict[str, Stream]
+  media: dict[str, Media]
+  masks: dict[str, IntervalMask]
+
+
+def from_flat(flat: dict[str, Array]) -> Batch:
+  """Builds a Batch from paths to arrays: "streams/text/tokens", "media/images/values", ..."""
+  tree: dict = {}
+  for path, array in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = array
+  make = lambda cls, nodes: {name: cls(**node) for name, node in nodes.items()}
+  return Batch(
+    streams=make(Stream, tree.get("streams", {})),
+    media=make(Media, tree.get("media", {})),
+    masks=make(IntervalMask, tree.get("masks", {})),
+  )
+
+
+def empty(fields: dict[str, Field], axes: dict[str, int], rows: int) -> dict[str, np.ndarray]:
+  """Flat arrays of `rows` empty rows: every field at its pad value, [rows, capacity, ...]."""
+  return {
+    path: np.full((rows, axes[field.axis], *field.shape), field.pad, field.dtype)
+    for path, field in fields.items()
+  }

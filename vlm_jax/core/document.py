@@ -1,0 +1,93 @@
+"""What a training example is, before and after its text became tokens.
+
+A `Document` is an ordered tuple of parts: conversations, captions, interleaved pages, few-shot
+prompts and text-only documents are all Documents. `vlm_jax.data.template` turns it into an `Encoded`
+document, in which every token already knows whether it carries loss: nothing is ever re-tokenised
+and counted.
+
+Branches make *fan-out* documents: parts of branch 0 are the trunk; parts of branch k > 0 see the
+trunk and their own branch, and none of the siblings. Twenty questions about one image cost the image
+once, and each is answered as if it had been asked alone.
+"""
+
+import dataclasses
+
+import numpy as np
+
+ROLES = ("system", "user", "assistant", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A piece of text.
+
+  Attributes:
+    text: the characters, without any template around them.
+    role: who speaks, one of `ROLES`; "text" is plain text outside any conversation.
+    loss: whether the model is trained to say it.
+    branch: 0 for the trunk, k > 0 for the k-th fan-out branch.
+  """
+
+  text: str
+  role: str = "text"
+  loss: bool = False
+  branch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+  """An image, always in the trunk. `data` is the encoded file (bytes) or decoded u8[H,W,3]."""
+
+  data: bytes | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """An ordered tuple of parts, the name of its source and a key that finds it again."""
+
+  parts: tuple[Text | Image, ...]
+  source: str
+  key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """One templated part: ids i32[n], loss bool[n] (True: this token is predicted), its branch.
+
+  `turn` says which turn of the conversation the part belongs to (parts of one turn are never
+  separated when a document is cut).
+  """
+
+  ids: np.ndarray
+  loss: np.ndarray
+  branch: int = 0
+  turn: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """One decoded and resized image, u8[H,W,3]."""
+
+  values: np.ndarray
+  turn: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """A Document after templating, tokenisation and image decoding; what a layout reads.
+
+  `branched` is True for fan-out documents (some part has a branch above 0).
+  """
+
+  parts: tuple[Tokens | Pixels, ...]
+  source: str
+  key: str
+
+  @property
+  def images(self) -> list[np.ndarray]:
+    """The pixels of every image, u8[H,W,3] each, in reading order."""
+    return [part.values for part in self.parts if isinstance(part, Pixels)]
+
+  @property
+  def branched(self) -> bool:
+    return any(isinstance(part, Tokens) and part.branch for part in self.parts)

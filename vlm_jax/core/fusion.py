@@ -1,0 +1,159 @@
+"""The contract of a strategy file, and how towers, connectors, language models and strategies are found.
+
+`config.fusion.name = "prefix_lm"` is the module `vlm_jax/fusion/prefix_lm.py`; a dotted name
+(`mylab.my_fusion`) is the user's own module. There is no registry.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.core.batch import Batch
+from vlm_jax.core.document import Encoded
+from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.layout import Field, Layout
+from vlm_jax.core.typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of every layer: k, v f[L,B,S,G,C]; `length` i32[], columns written so far."""
+
+  k: Array
+  v: Array
+  length: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What a fusion returns.
+
+  Attributes:
+    hidden: f[B,T,D], after the last norm.
+    head: f[D,V], the vocabulary projection (the transposed embedding when tied).
+    cache: the cache with this call's keys and values appended, or None.
+  """
+
+  hidden: Array
+  head: Array
+  cache: Cache | None = None
+
+  def logits(self) -> Array:
+    """f32[B,T,V]. For training use the chunked losses, which never hold this array."""
+    return jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
+                            preferred_element_type=jax.numpy.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of training: which parameters move, by path pattern (see train.optimizer)."""
+
+  name: str
+  trainable: tuple[str, ...]
+
+
+class Fusion(Protocol):
+  """What a module in `vlm_jax/fusion` offers."""
+
+  Model: type
+  STAGES: tuple[Stage, ...]
+
+  def axes(self, config: ConfigDict) -> dict[str, int]:
+    """The capacity of every axis of one packed row."""
+
+  def fields(self, config: ConfigDict) -> dict[str, Field]:
+    """Every array of a batch."""
+
+  def rows(self, config: ConfigDict) -> np.ndarray:
+    """i32[K], the feature rows of one image in reading order; K is its number of slots."""
+
+  def layout(self, encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
+    """The arrays of one document."""
+
+  def losses(self, output: Output, batch: Batch, config: ConfigDict) -> dict[str, Array]:
+    """Per objective the sums f32[sources] of the weighted losses of each source."""
+
+  def weights(self, batch: Batch, config: ConfigDict) -> dict[str, Array]:
+    """Per objective the sums f32[sources] of the weights, from batch data only."""
+
+
+class Tower(Protocol):
+  """What a module in `vlm_jax/towers` offers: Model(config, precision...) and its patch grid."""
+
+  Model: type
+
+  def grid(self, config: ConfigDict) -> tuple[int, int]:
+    """Rows and columns of the feature grid for the configured image size."""
+
+
+class Connector(Protocol):
+  """What a module in `vlm_jax/connectors` offers."""
+
+  Model: type
+
+  def slots(self, config: ConfigDict, frames: int, height: int, width: int) -> np.ndarray:
+    """i32[k], the output rows in reading order for a feature grid of height x width."""
+
+
+class LanguageModel(Protocol):
+  """What a module in `vlm_jax/llm` offers."""
+
+  Model: type
+
+  def supports(self, mask: Any) -> str | None:
+    """None, or the reason why the model cannot execute this mask."""
+
+
+def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
+  """The module called `name` on a floor ("fusion", "towers", "connectors", "llm").
+
+  Args:
+    floor: package below `vlm_jax`.
+    name: module name, or a dotted name of a user's own module.
+    outside: whether a dotted name may leave the package (not for configs read from checkpoints).
+
+  Raises:
+    UsageError: nothing has that name (lists what exists), or leaving the package is not allowed.
+  """
+  package = importlib.import_module(f"vlm_jax.{floor}")
+  known = [module.name for module in pkgutil.iter_modules(package.__path__)
+           if not module.name.startswith("_")]
+  if name in known:
+    return importlib.import_module(f"vlm_jax.{floor}.{name}")
+  if "." not in name:
+    raise UsageError(f"config: no module '{name}' in vlm_jax/{floor}; {nearest(name, known)}")
+  if not outside:
+    raise UsageError(f"config: '{name}' is outside vlm_jax; a config read from a checkpoint may only "
+                     "name the user's own modules with --allow-outside")
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    raise UsageError(f"config: cannot import '{name}' for vlm_jax.{floor}: {error}") from error
+
+
+def find_fusion(config: ConfigDict) -> Fusion:
+  """The strategy of `config.fusion.name`, typed."""
+  return cast(Fusion, find("fusion", config.fusion.name, outside=config.outside))
+
+
+def find_tower(config: ConfigDict) -> Tower:
+  """The vision tower of `config.tower.name`, typed."""
+  return cast(Tower, find("towers", config.tower.name, outside=config.outside))
+
+
+def find_connector(config: ConfigDict) -> Connector:
+  """The connector of `config.connector.name`, typed."""
+  return cast(Connector, find("connectors", config.connector.name, outside=config.outside))
+
+
+def find_llm(config: ConfigDict) -> LanguageModel:
+  """The language model of `config.llm.name`, typed."""
+  return cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))

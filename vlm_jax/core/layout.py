@@ -1,0 +1,222 @@
+"""From an encoded document to arrays on axes, and how packing may move them.
+
+A fusion declares every array it fills once, as a `Field`. Its `layout` returns the arrays of one
+document; the packer concatenates documents along each axis and adds to a shifted field the offset
+of the axis it points into. The packer knows nothing else.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vlm_jax.core.document import Encoded, Pixels, Tokens
+
+IGNORE = -1  # the fill of a slot that holds a token, not a row of the media table
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One array of a layout.
+
+  Attributes:
+    axis: the axis its first dimension lives on ("text", "images", ...).
+    shift: the axis whose offset packing adds to its values, or None.
+    pad: the value of empty slots.
+    base: only values >= base are shifted; smaller ones are sentinels (fill -1, class 0 and -1).
+    dtype: numpy dtype name.
+    shape: the trailing shape behind the axis.
+  """
+
+  axis: str
+  shift: str | None = None
+  pad: float = 0
+  base: int = 0
+  dtype: str = "int32"
+  shape: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The arrays of one document.
+
+  Attributes:
+    arrays: path ("streams/text/tokens") to array [size of its axis, ...]; no leading batch.
+    sizes: how much of every axis the document takes, also of axes that no array lives on.
+    source, key: where the document came from.
+  """
+
+  arrays: dict[str, np.ndarray]
+  sizes: dict[str, int]
+  source: str
+  key: str
+
+
+def stream_fields(stream: str, objectives: tuple[str, ...], classes: bool) -> dict[str, Field]:
+  """The fields of one packed text axis named `stream`, its mask included.
+
+  Args:
+    stream: name of the stream, of its axis and of its mask.
+    objectives: names of the losses that read it; each gets a weight per slot.
+    classes: whether the mask needs classes (fan-out documents).
+  """
+  path, mask = f"streams/{stream}", f"masks/{stream}"
+  fields = {
+    f"{path}/tokens": Field(stream),
+    f"{path}/targets": Field(stream),
+    f"{path}/fill": Field(stream, shift="table", pad=IGNORE),
+    f"{path}/positions": Field(stream),
+    f"{path}/segment_ids": Field(stream, shift="documents", base=1),
+    f"{path}/source_ids": Field(stream),
+    f"{mask}/lo": Field(stream, shift=stream),
+    f"{mask}/hi": Field(stream, shift=stream),
+  }
+  for objective in objectives:
+    fields[f"{path}/loss_weights/{objective}"] = Field(stream, dtype="float32")
+  if classes:
+    fields[f"{mask}/q_class"] = Field(stream, base=1)
+    fields[f"{mask}/k_class"] = Field(stream, base=1)
+  return fields
+
+
+def image_fields(height: int, width: int) -> dict[str, Field]:
+  """The fields of the media axis "images": u8 pixels and the document of each image (0: empty)."""
+  return {
+    "media/images/values": Field("images", dtype="uint8", shape=(height, width, 3)),
+    "media/images/segment_ids": Field("images", shift="documents", base=1),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """A document written out slot by slot, T slots; what every concatenating fusion starts from.
+
+  Attributes:
+    tokens: i32[T], 0 at image slots.
+    fill: i32[T], row of the media table (features of all images, then learned rows), -1 at tokens.
+    positions: i32[T] for RoPE; each branch restarts after the trunk.
+    targets: i32[T], the next token of the same branch.
+    weight: f32[T], 1 where the target is predicted.
+    branch: i32[T], 0 in the trunk.
+    image: i32[T], 1 + index of the image a slot belongs to, 0 at tokens.
+    predicted: bool[T], the slot's own token carries loss (it is an answer, not a prompt).
+  """
+
+  tokens: np.ndarray
+  fill: np.ndarray
+  positions: np.ndarray
+  targets: np.ndarray
+  weight: np.ndarray
+  branch: np.ndarray
+  image: np.ndarray
+  predicted: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+
+def write_slots(encoded: Encoded, rows: np.ndarray) -> Slots:
+  """Writes a document out in reading order, every image as its `rows` of the media table.
+
+  Args:
+    encoded: the document; images are in the trunk, and the trunk comes before every branch.
+    rows: i32[K], the feature rows of one image in reading order, from the connector's `slots`.
+
+  Raises:
+    ValueError: a trunk part behind a branch (its tokens could not be causal and shared at once).
+  """
+  tokens, fill, branch, image, predicted = [], [], [], [], []
+  images = 0
+  last = 0
+  for part in encoded.parts:
+    if isinstance(part, Pixels):
+      n, number = len(rows), 0
+      images += 1
+      tokens.append(np.zeros(n, np.int32))
+      fill.append((rows + (images - 1) * len(rows)).astype(np.int32))
+      image.append(np.full(n, images, np.int32))
+      predicted.append(np.zeros(n, bool))
+    else:
+      n, number = len(part.ids), part.branch
+      tokens.append(part.ids.astype(np.int32))
+      fill.append(np.full(n, IGNORE, np.int32))
+      image.append(np.zeros(n, np.int32))
+      predicted.append(part.loss.astype(bool))
+    if number < last:
+      raise ValueError(f"document {encoded.key}: branch {number} after branch {last}; "
+                       "the trunk comes first and branches are in order")
+    last = number
+    branch.append(np.full(n, number, np.int32))
+  tokens, fill, branch, image, predicted = map(
+    np.concatenate, (tokens, fill, branch, image, predicted)
+  )
+  index = np.arange(len(tokens), dtype=np.int32)
+  trunk = int((branch == 0).sum())
+  first = np.searchsorted(branch, branch).astype(np.int32)  # first slot of the slot's branch
+  positions = np.where(branch == 0, index, trunk + index - first)
+  same = np.append(branch[1:] == branch[:-1], False)
+  targets = np.where(same, np.append(tokens[1:], 0), 0)
+  weight = np.where(same & np.append(predicted[1:], False), 1.0, 0.0)
+  return Slots(tokens, fill, positions.astype(np.int32), targets.astype(np.int32),
+               weight.astype(np.float32), branch, image, predicted)
+
+
+def split(encoded: Encoded, capacity: int, image_slots: int, images: int) -> list[Encoded]:
+  """Cuts a document that is longer than a row, never inside an image or between turn and answer.
+
+  Plain text is cut into windows of `capacity` tokens. A document with images is cut between turns,
+  a fan-out document between branches: the trunk is repeated in every piece, so each branch still
+  sees the image. A turn of text that alone is too long is cut into windows like plain text.
+
+  Args:
+    encoded: the document.
+    capacity: slots of one row.
+    image_slots: slots of one image.
+    images: image slots of one row.
+
+  Returns:
+    The pieces in order; [encoded] itself when it fits; [] when an image (or the images of one turn)
+    cannot fit, which makes it bad data.
+  """
+  length = lambda part: image_slots if isinstance(part, Pixels) else len(part.ids)
+  total = lambda parts: sum(map(length, parts))
+  count = lambda parts: sum(isinstance(part, Pixels) for part in parts)
+  fits = lambda parts: total(parts) <= capacity and count(parts) <= images
+  if fits(encoded.parts):
+    return [encoded]
+
+  trunk: tuple = ()
+  if encoded.branched:
+    trunk = tuple(p for p in encoded.parts if isinstance(p, Pixels) or p.branch == 0)
+  groups: dict[tuple, list] = {}
+  for part in encoded.parts[len(trunk):]:
+    groups.setdefault((getattr(part, "branch", 0), part.turn), []).append(part)
+  pieces, current = [], list(trunk)
+  for group in groups.values():
+    if fits(current + group):
+      current = current + group
+      continue
+    if len(current) > len(trunk):
+      pieces.append(current)
+    current = list(trunk)
+    if fits(current + group):
+      current = current + group
+    elif not trunk and not count(group):
+      for window in _windows(group, capacity):
+        pieces.append([window])
+    else:
+      return []
+  if len(current) > len(trunk):
+    pieces.append(current)
+  return [
+    dataclasses.replace(encoded, parts=tuple(piece), key=f"{encoded.key}#{number}")
+    for number, piece in enumerate(pieces)
+  ]
+
+
+def _windows(parts: list[Tokens], capacity: int) -> list[Tokens]:
+  ids = np.concatenate([part.ids for part in parts])
+  loss = np.concatenate([part.loss for part in parts])
+  return [
+    Tokens(ids[start : start + capacity], loss[start : start + capacity], turn=parts[0].turn)
+    for start in range(0, len(ids), capacity)
+  ]

@@ -1,0 +1,1 @@
+"""Floor 1: pure functions on arrays: attention, rotary positions, losses, gathers."""

@@ -1,0 +1,31 @@
+"""Attention with the whole T x S matrix: the oracle, and the fastest for short rows and decoding."""
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.typing import Array
+from vlm_jax.ops.attention.plan import AttentionPlan
+
+# Finite, so that a row without any key stays finite before it is zeroed.
+MASKED = -2.3819763e38
+
+
+def declines(q_shape, k_shape, plan: AttentionPlan | None, asked: bool) -> str | None:
+  """Never: dense computes every mask."""
+  del q_shape, k_shape, plan, asked
+
+
+def attend(q: Array, k: Array, v: Array, mask: IntervalMask, plan, scale: float) -> Array:
+  """See `attention`. Holds f32[B,H,T,S]."""
+  del plan
+  batch, length, heads, width = q.shape
+  groups = k.shape[2]
+  q = q.reshape(batch, length, groups, heads // groups, width)
+  logits = jnp.einsum("btgrc,bsgc->bgrts", q * scale, k, preferred_element_type=jnp.float32)
+  seen = mask.dense(k.shape[1])[:, None, None]
+  weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
+  # A row that sees no key (padding) has uniform weights here; its output is 0 by definition.
+  weights = jnp.where(seen, weights, 0.0).astype(v.dtype)
+  out = jnp.einsum("bgrts,bsgc->btgrc", weights, v)
+  return out.reshape(batch, length, heads, width).astype(q.dtype)
