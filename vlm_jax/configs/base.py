@@ -53,6 +53,9 @@ def get_config(arg: str = "") -> ConfigDict:
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # which hidden state the connector reads: -1 last, -2 the one before (LLaVA)
       patch_bias=True,
+      pool="none",  # none (features of every patch, for VLMs), gap, tok, map
+      mean=(0.5, 0.5, 0.5),  # pixels become (value / 255 - mean) / std per channel
+      std=(0.5, 0.5, 0.5),
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
       remat="none",  # none, dots, full: what the backward pass recomputes
@@ -64,6 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
       hidden=0,  # width of the hidden layer, 0: the language model's width
       activation="gelu",
       bias=True,
+      factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
     )
   )
   config.llm = ConfigDict(
@@ -87,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       implementation="auto",  # auto: the first that does not decline; or one by name
       block_q=64,  # block sizes of the blocked implementations
-      block_k=128,
+      block_k=64,
     )
   )
   config.precision = ConfigDict(dict(param="float32", compute="float32"))
@@ -99,7 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
       rows=16,  # packed rows of one step, over all hosts
       tokens=512,  # slots of a row's text axis
       images=4,  # image slots of a row
-      window=0,  # longest piece of a document in tokens, 0: a whole row
+      window=0,  # longest piece of a text-only document in tokens, 0: a whole row
       shards=1,  # logical data shards, divisible by every number of hosts you will use
       workers=0,  # processes that read, decode and lay out, per shard and source
       prefetch=2,  # packed steps kept ready
@@ -149,7 +153,9 @@ def evaluation(**overrides) -> ConfigDict:
       source="",  # which of config.data.sources it reads
       split="validation",
       form="",  # "": the source's own form
-      images="real",  # "real", "none", "shuffled": the controls
+      images="real",  # "real", "none", "shuffled": what is shown with a question
+      controls=("none", "shuffled"),  # vqa: asked again with these images, reported beside
+      together=10,  # vqa: questions of a fan-out document in one row (unseen by each other)
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens

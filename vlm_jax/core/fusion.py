@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -52,6 +53,15 @@ class Output:
                             preferred_element_type=jax.numpy.float32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """What a tower returns: patches f[B,N,P,D] in reading order, pooled f[B,N,D] or None."""
+
+  patches: Array
+  pooled: Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of training: which parameters move, by path pattern (see train.optimizer)."""
@@ -86,7 +96,11 @@ class Fusion(Protocol):
 
 
 class Tower(Protocol):
-  """What a module in `vlm_jax/towers` offers: Model(config, precision...) and its patch grid."""
+  """What a module in `vlm_jax/towers` offers.
+
+  Model(config.tower, config.attention, precision) is called with pixels u8[B,N,Height,Width,3] and
+  returns Features. `config` below is `config.tower`.
+  """
 
   Model: type
 
@@ -95,7 +109,11 @@ class Tower(Protocol):
 
 
 class Connector(Protocol):
-  """What a module in `vlm_jax/connectors` offers."""
+  """What a module in `vlm_jax/connectors` offers.
+
+  Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
+  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`.
+  """
 
   Model: type
 
@@ -104,14 +122,23 @@ class Connector(Protocol):
 
 
 class LanguageModel(Protocol):
-  """What a module in `vlm_jax/llm` offers."""
+  """What a module in `vlm_jax/llm` offers.
+
+  Model(config.llm, config.attention, precision) has the methods embed(tokens i32[B,T]) -> f[B,T,D]
+  and __call__(x f[B,T,D], positions i32[B,T], mask, cache=None) -> Output. `config` below is
+  `config.llm`.
+  """
 
   Model: type
+
+  def empty_cache(self, config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:
+    """A cache of S = `columns` with nothing in it."""
 
   def supports(self, mask: Any) -> str | None:
     """None, or the reason why the model cannot execute this mask."""
 
 
+@functools.cache  # a layout asks for its modules once per document
 def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
   """The module called `name` on a floor ("fusion", "towers", "connectors", "llm").
 

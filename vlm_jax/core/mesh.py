@@ -69,3 +69,15 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P
 def row_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows (first axis) of every batch array lie."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+  """Pins an activation to the mesh axes of its logical names; does nothing without `jax.set_mesh`.
+
+  Without a pin the compiler may spread the width of activations over `fsdp` instead of gathering
+  weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))

@@ -4,8 +4,10 @@ Memory is O(T * C); work is proportional to the active blocks. Data-dependent tr
 good choice on CPUs and a fallback elsewhere. Algorithm: FlashAttention-2 (arXiv:2307.08691),
 algorithms 1 and 2, over a compacted list of blocks.
 
-Inside, rows are grouped by key/value group: [B, blocks, G, (H/G) * block, C], so a block of queries
-of all heads of a group meets its keys in one matrix product and keys are never repeated.
+Inside, rows are grouped by key/value group: [blocks, B, G, (H/G) * block, C], so a block of queries
+of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop step
+takes one query block of every row of the batch and, in each row, that row's next active key block:
+rows stay side by side, which keeps all cores (or devices, when rows are sharded) busy.
 """
 
 import functools
@@ -16,7 +18,7 @@ from jax import lax
 
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
-from vlm_jax.ops.attention.plan import FULL, AttentionPlan, pad_mask
+from vlm_jax.ops.attention.plan import EMPTY, FULL, AttentionPlan, pad_mask
 
 MASKED = -1e30
 
@@ -49,75 +51,104 @@ def attend(q: Array, k: Array, v: Array, mask: IntervalMask, plan: AttentionPlan
 
 
 def _split_queries(x: Array, block: int, groups: int) -> Array:
-  """f[B,T,H,C] to f[B,blocks,G,(H/G)*block,C], T padded."""
+  """f[B,T,H,C] to f[blocks,B,G,(H/G)*block,C], T padded."""
   batch, length, heads, width = x.shape
   x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
   x = x.reshape(batch, -1, block, groups, heads // groups, width)
-  return x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, x.shape[1], groups, -1, width)
+  return x.transpose(1, 0, 3, 4, 2, 5).reshape(x.shape[1], batch, groups, -1, width)
 
 
 def _join_queries(x: Array, shape: tuple[int, ...]) -> Array:
   """The inverse of `_split_queries`, cut to `shape` [B,T,H,C]."""
   batch, length, heads, width = shape
-  blocks, groups = x.shape[1:3]
-  x = x.reshape(batch, blocks, groups, heads // groups, -1, width)
-  return x.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
+  blocks, groups = x.shape[0], x.shape[2]
+  x = x.reshape(blocks, batch, groups, heads // groups, -1, width)
+  return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
 
 
 def _split_keys(x: Array, block: int) -> Array:
-  """f[B,S,G,C] to f[B,blocks,G,block,C], S padded."""
+  """f[B,S,G,C] to f[blocks,B,G,block,C], S padded."""
   batch, length, groups, width = x.shape
   x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-  return x.reshape(batch, -1, block, groups, width).transpose(0, 1, 3, 2, 4)
+  return x.reshape(batch, -1, block, groups, width).transpose(1, 0, 3, 2, 4)
 
 
-def _block_logits(q, k, mask: IntervalMask, plan: AttentionPlan, row, i, j, scale) -> Array:
-  """f32[G, R*block_q, block_k]: scaled logits of query block i and key block j, masked."""
-  logits = jnp.einsum("gqc,gsc->gqs", q, k, preferred_element_type=jnp.float32) * scale
+def _pick(x: Array, index: Array) -> Array:
+  """x[index[b], b] for every row b: x [blocks,B,...] to [B,...]."""
+  return jax.vmap(lambda blocks, i: lax.dynamic_index_in_dim(blocks, i, 0, False), (1, 0))(x, index)
+
+
+def _blocks(mask: IntervalMask, plan: AttentionPlan) -> IntervalMask:
+  """The fields of a padded mask cut into blocks: [blocks,B,block]."""
+  cut = lambda field, block: field.reshape(field.shape[0], -1, block).swapaxes(0, 1)
+  return IntervalMask(
+    lo=cut(mask.lo, plan.block_q),
+    hi=cut(mask.hi, plan.block_q),
+    q_class=cut(mask.q_class, plan.block_q),
+    k_class=cut(mask.k_class, plan.block_k),
+    k_index=cut(mask.k_index, plan.block_k),
+  )
+
+
+def _pairs(query: IntervalMask, key: IntervalMask) -> IntervalMask:
+  """The mask of one query block against one key block in every row."""
+  return IntervalMask(query.lo, query.hi, query.q_class, key.k_class, key.k_index)
+
+
+def _logits(q, k, mask: IntervalMask, kind: Array, scale: float) -> Array:
+  """f32[B,G,R*block_q,block_k], masked; kind i8[B]: of the block in each row, EMPTY sees nothing."""
+  logits = jnp.einsum("bgqc,bgsc->bgqs", q, k, preferred_element_type=jnp.float32) * scale
 
   def masked(logits):
-    query = lambda field: lax.dynamic_slice(field, (row, i * plan.block_q), (1, plan.block_q))
-    key = lambda field: lax.dynamic_slice(field, (row, j * plan.block_k), (1, plan.block_k))
-    seen = IntervalMask(query(mask.lo), query(mask.hi), query(mask.q_class), key(mask.k_class),
-                        key(mask.k_index)).dense()[0]
-    repeats = logits.shape[1] // plan.block_q
-    return jnp.where(jnp.tile(seen, (repeats, 1)), logits, MASKED)
+    seen = mask.dense() & (kind > EMPTY)[:, None, None]
+    repeats = logits.shape[2] // seen.shape[1]
+    return jnp.where(jnp.tile(seen, (1, repeats, 1))[:, None], logits, MASKED)
 
-  return lax.cond(plan.kinds[row, i, j] == FULL, lambda logits: logits, masked, logits)
+  return lax.cond((kind == FULL).all(), lambda logits: logits, masked, logits)
+
+
+def _kind(kinds: Array, count: Array, step: Array) -> Array:
+  """The kind of each row's block, EMPTY for rows that have no active block left."""
+  return jnp.where(step < count, kinds, EMPTY)
 
 
 def _forward(q, k, v, mask: IntervalMask, plan: AttentionPlan, scale) -> tuple[Array, Array]:
-  """The output f32 like q, and the log-sum-exp f32[B,blocks,G,R*block_q] (+inf for empty rows)."""
-  batch, blocks, groups, rows, width = q.shape
+  """The output f32 like q, and the log-sum-exp f32[blocks,B,G,R*block_q] (+inf for empty rows)."""
+  fields = _blocks(mask, plan)
+  keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
+  rows = jnp.arange(q.shape[1])
 
-  def query_block(index):
-    row, i = index // blocks, index % blocks
-    block = q[row, i]
+  def query_block(args):
+    query, own, kinds, count, order = args
 
     def key_block(step, carry):
       acc, top, total = carry
-      j = plan.k_blocks[row, i, step]
-      logits = _block_logits(block, k[row, j], mask, plan, row, i, j, scale)
+      j = order[:, step]
+      pick = functools.partial(_pick, index=j)
+      pairs = _pairs(own, jax.tree.map(pick, keys))
+      logits = _logits(query, pick(k), pairs, _kind(kinds[rows, j], count, step), scale)
       new_top = jnp.maximum(top, logits.max(-1))
       shrink = jnp.exp(top - new_top)
       # While a row has seen no key its maximum is MASKED, and exp(MASKED - MASKED) is not a weight.
       weights = jnp.exp(logits - new_top[..., None]) * (new_top > MASKED / 2)[..., None]
-      add = jnp.einsum("gqs,gsc->gqc", weights.astype(v.dtype), v[row, j],
+      add = jnp.einsum("bgqs,bgsc->bgqc", weights.astype(v.dtype), pick(v),
                        preferred_element_type=jnp.float32)
       return acc * shrink[..., None] + add, new_top, total * shrink + weights.sum(-1)
 
     start = (
-      jnp.zeros((groups, rows, width), jnp.float32),
-      jnp.full((groups, rows), MASKED, jnp.float32),
-      jnp.zeros((groups, rows), jnp.float32),
+      jnp.zeros(query.shape, jnp.float32),
+      jnp.full(query.shape[:-1], MASKED, jnp.float32),
+      jnp.zeros(query.shape[:-1], jnp.float32),
     )
-    acc, top, total = lax.fori_loop(0, plan.k_count[row, i], key_block, start)
+    acc, top, total = lax.fori_loop(0, count.max(), key_block, start)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     return acc / total[..., None], jnp.where(seen, top + jnp.log(total), jnp.inf)
 
-  out, lse = lax.map(query_block, jnp.arange(batch * blocks))
-  return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+  queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
+  by_query = lambda field: jnp.moveaxis(field, 1, 0)
+  return lax.map(query_block, (q, queries, by_query(plan.kinds), plan.k_count.T,
+                               by_query(plan.k_blocks)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -131,44 +162,58 @@ def _attend_forward(q, k, v, mask, plan, scale):
 
 
 def _attend_backward(scale, residuals, grad):
-  """One pass over key blocks; the gradient of q is accumulated in the carry (deterministic)."""
+  """Two passes, over query blocks for q and over key blocks for k and v: nothing is scattered."""
   q, k, v, mask, plan, out, lse = residuals
-  batch, blocks_k = k.shape[:2]
+  fields = _blocks(mask, plan)
+  queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
+  keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
+  rows = jnp.arange(q.shape[1])
   delta = (out * grad).sum(-1)
 
-  def key_block(grad_q, index):
-    row, j = index // blocks_k, index % blocks_k
-    key, value = k[row, j], v[row, j]
+  def weights_and_grad(query, key, value, above, lse, delta, pairs, kind):
+    """softmax weights of a block and the gradient of its scaled logits, f32[B,G,R*bq,bk]."""
+    weights = jnp.exp(_logits(query, key, pairs, kind, scale) - lse[..., None])
+    inner = jnp.einsum("bgqc,bgsc->bgqs", above, value, preferred_element_type=jnp.float32)
+    return weights, weights * (inner - delta[..., None]) * scale
+
+  def query_block(args):
+    query, above, lse, delta, own, kinds, count, order = args
+
+    def key_block(step, grad_q):
+      j = order[:, step]
+      pick = functools.partial(_pick, index=j)
+      kind = _kind(kinds[rows, j], count, step)
+      pairs, key = _pairs(own, jax.tree.map(pick, keys)), pick(k)
+      _, grad_logits = weights_and_grad(query, key, pick(v), above, lse, delta, pairs, kind)
+      return grad_q + jnp.einsum("bgqs,bgsc->bgqc", grad_logits, key)
+
+    return lax.fori_loop(0, count.max(), key_block, jnp.zeros(query.shape, jnp.float32))
+
+  def key_block(args):
+    key, value, own, kinds, count, order = args
 
     def query_block(step, carry):
-      grad_q, grad_k, grad_v = carry
-      i = plan.q_blocks[row, j, step]
-      query, above = q[row, i], grad[row, i]
-      logits = _block_logits(query, key, mask, plan, row, i, j, scale)
-      weights = jnp.exp(logits - lse[row, i][..., None])
-      grad_v += jnp.einsum("gqs,gqc->gsc", weights, above)
-      inner = jnp.einsum("gqc,gsc->gqs", above, value, preferred_element_type=jnp.float32)
-      grad_logits = weights * (inner - delta[row, i][..., None]) * scale
-      grad_k += jnp.einsum("gqs,gqc->gsc", grad_logits, query)
-      grad_q = grad_q.at[row, i].add(jnp.einsum("gqs,gsc->gqc", grad_logits, key))
-      return grad_q, grad_k, grad_v
+      grad_k, grad_v = carry
+      i = order[:, step]
+      pick = functools.partial(_pick, index=i)
+      kind = _kind(kinds[rows, i], count, step)
+      query, above = pick(q), pick(grad)
+      pairs = _pairs(jax.tree.map(pick, queries), own)
+      weights, grad_logits = weights_and_grad(
+        query, key, value, above, pick(lse), pick(delta), pairs, kind
+      )
+      grad_v += jnp.einsum("bgqs,bgqc->bgsc", weights, above)
+      return grad_k + jnp.einsum("bgqs,bgqc->bgsc", grad_logits, query), grad_v
 
     zero = jnp.zeros(key.shape, jnp.float32)
-    grad_q, grad_k, grad_v = lax.fori_loop(
-      0, plan.q_count[row, j], query_block, (grad_q, zero, zero)
-    )
-    return grad_q, (grad_k, grad_v)
+    return lax.fori_loop(0, count.max(), query_block, (zero, zero))
 
-  grad_q, (grad_k, grad_v) = lax.scan(
-    key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(batch * blocks_k)
-  )
-  return (
-    grad_q.astype(q.dtype),
-    grad_k.reshape(k.shape).astype(k.dtype),
-    grad_v.reshape(v.shape).astype(v.dtype),
-    None,
-    None,
-  )
+  swap = lambda field: jnp.moveaxis(field, 1, 0)
+  grad_q = lax.map(query_block, (q, grad, lse, delta, queries, swap(plan.kinds), plan.k_count.T,
+                                 swap(plan.k_blocks)))
+  grad_k, grad_v = lax.map(key_block, (k, v, keys, jnp.moveaxis(plan.kinds, 2, 0), plan.q_count.T,
+                                       swap(plan.q_blocks)))
+  return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

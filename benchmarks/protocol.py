@@ -1,0 +1,83 @@
+"""How every benchmark of this folder measures and reports; the rules are in README.md."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+ROUNDS = 7
+CONTENDED = 0.15  # relative change of the fixed matmul that voids a run
+
+
+def seconds(step: Callable[[], object]) -> float:
+  """Wall-clock time of one call; `step` must not return before its result is there."""
+  start = time.perf_counter()
+  step()
+  return time.perf_counter() - start
+
+
+def fixed_matmul() -> float:
+  """Median seconds of a 1024 x 1024 f32 product in numpy: how fast the machine is right now."""
+  rng = np.random.default_rng(0)
+  left, right = rng.standard_normal((2, 1024, 1024), np.float32)
+  left @ right
+  return float(np.median([seconds(lambda: left @ right) for _ in range(15)]))
+
+
+def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict:
+  """Runs the sides in turn, `rounds` times, after one call of each that is not counted.
+
+  Returns:
+    {"seconds": {side: [one time a round]}, "best": {side: minimum},
+     "matmul": [before, after], "load": 1-minute load average before,
+     "contended": whether the matmuls differ too much}
+  """
+  for step in sides.values():
+    step()
+  load, before = os.getloadavg()[0], fixed_matmul()
+  times: dict[str, list[float]] = {name: [] for name in sides}
+  for _ in range(rounds):
+    for name, step in sides.items():
+      times[name].append(seconds(step))
+  after = fixed_matmul()
+  return {
+    "seconds": times,
+    "best": {name: min(values) for name, values in times.items()},
+    "matmul": [before, after],
+    "load": load,
+    "contended": abs(after - before) > CONTENDED * min(before, after),
+  }
+
+
+def ratio(timing: dict, ours: str, theirs: list[str]) -> tuple[float | None, str]:
+  """How much faster `ours` is than the fastest of `theirs`, None when contended; and that side."""
+  fastest = min(theirs, key=lambda name: timing["best"][name])
+  if timing["contended"]:
+    return None, fastest
+  return timing["best"][fastest] / timing["best"][ours], fastest
+
+
+def machine() -> dict:
+  """What the numbers were measured on."""
+  return {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine(),
+          "python": platform.python_version()}
+
+
+def report(header: list[str], rows: list[list[object]], result: dict) -> None:
+  """Prints a table and, as the last line, `result` with the machine as one line of JSON."""
+  cells = [header] + [[_text(cell) for cell in row] for row in rows]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+  for row in cells:
+    print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+  if result.get("contended"):
+    print(f"CONTENDED: the fixed matmul changed by more than {CONTENDED:.0%}; ratios are void.")
+  print(json.dumps({**result, "machine": machine()}), flush=True)
+
+
+def _text(cell: object) -> str:
+  if cell is None:
+    return "void"
+  return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

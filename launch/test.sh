@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Lints and tests in an environment of its own.
+#
+#   bash launch/test.sh              lint, the suite, and a smoke with the newest JAX
+#   bash launch/test.sh --full       the suite with the tests marked `long`
+#   bash launch/test.sh tests/core   arguments go to pytest; the smoke is left out
+#
+# The smoke needs a Python >= 3.12; without one a line says so, and with CI=true that is an error.
+
+. "$(dirname "$0")/env.sh"
+
+python=${PYTHON:-$(find_python 11 12 13)} ||
+  die "no Python 3.11, 3.12 or 3.13 found; install one, or set PYTHON to its path"
+make_env test test "$python" -c constraints.txt
+bin=.venv/test/bin
+
+say "lint"
+"$bin/ruff" check .
+say "tests"
+"$bin/python" -m pytest "$@"
+
+if [ $# -gt 0 ] && [ "$*" != "--full" ]; then
+  exit 0
+fi
+# Only the ranges of setup.cfg bind here: this is what somebody gets who installs without our pins.
+if python=$(find_python 12 13 14); then
+  make_env smoke smoke "$python"
+  say "smoke with the newest JAX: $(.venv/smoke/bin/pip list 2>/dev/null |
+    awk '$1 ~ /^(jax|flax|optax|grain|orbax-checkpoint)$/ { printf "%s %s  ", $1, $2 }')"
+  .venv/smoke/bin/python -m pytest tests/test_smoke.py
+elif [ "${CI:-}" = true ]; then
+  die "CI needs a Python >= 3.12 for the smoke with the newest JAX, and found none"
+else
+  say "no Python >= 3.12 here: the smoke with the newest JAX is left out"
+fi

@@ -1,0 +1,67 @@
+"""The plan's numbers against parameters that are really made, and against counting by hand."""
+
+import json
+
+import pytest
+
+from vlm_jax.cli import config as recipes
+from vlm_jax.cli import main as cli
+from vlm_jax.cli import plan
+from vlm_jax.core.fusion import find_fusion
+
+
+@pytest.fixture(scope="module", params=["quickstart", "llava"])
+def config(request, tmp_path_factory):
+  config = recipes.load(f"configs/{request.param}.py:debug")
+  config.data.root = str(tmp_path_factory.mktemp("none"))
+  config.fusion.stage = "all"
+  return config
+
+
+def test_parameters_and_shapes(config):
+  made = plan.make(config)
+  total = made["modules"].pop("total")
+  count = sum(row["parameters"] for row in made["modules"].values())
+  assert total["parameters"] == count
+  llm = config.llm
+  width = llm.width // llm.heads
+  attention = llm.width * width * (2 * llm.heads + 2 * llm.kv_heads)
+  layer = attention + 3 * llm.width * llm.mlp + 2 * llm.width  # and SwiGLU, and two norms
+  assert made["modules"]["llm/layers"]["parameters"] == llm.depth * layer
+  assert made["modules"]["llm/embed"]["parameters"] == llm.vocab_size * llm.width
+  assert total["bytes"] == 4 * (count + 2 * total["trainable"]), "f32, AdamW"
+  rows = config.data.rows
+  assert made["batch"]["streams/text/tokens"] == ["int32", [rows, config.data.tokens]]
+  assert set(made["batch"]) == set(find_fusion(config).fields(config))
+
+
+def test_frozen_parameters_have_no_moments(config):
+  before = plan.make(config)["modules"]["total"]
+  with config.unlocked():
+    config.optim.frozen = ("tower/.*",)
+  after = plan.make(config)["modules"]
+  config.optim.frozen = ()
+  tower = sum(row["parameters"] for name, row in after.items() if name.startswith("tower/"))
+  assert tower and before["trainable"] - after["total"]["trainable"] == tower
+  assert before["bytes"] - after["total"]["bytes"] == 2 * 4 * tower
+
+
+def test_kernels_say_why_not(config):
+  rows = plan.kernels(config)
+  assert rows["llm"]["length"] == config.data.tokens
+  for row in rows.values():
+    assert row["implementation"] not in row["refused"]
+    assert all(reason for reason in row["refused"].values())
+  with config.unlocked():
+    config.attention.implementation = "dense"
+  assert plan.kernels(config)["llm"]["implementation"] == "dense"
+  config.attention.implementation = "auto"
+
+
+def test_without_data_it_says_how_to_get_it(capsys, tmp_path):
+  argv = ["plan", "--config=configs/quickstart.py:debug", f"--config.data.root={tmp_path}"]
+  assert cli.main(argv) == 0
+  text = capsys.readouterr().out
+  assert "vlm-jax data prepare" in text and "llm/layers" in text and "FLOPs of a step" in text
+  assert cli.main([*argv, "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["flops"]["dense"] > 0

@@ -1,0 +1,73 @@
+"""Rules of the whole suite: CPU only, `--full` for long tests, no skip that nobody agreed to."""
+
+import fnmatch
+import os
+from pathlib import Path
+
+# Before any test imports JAX; an accelerator would change timings and numbers.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+ALLOWED = Path(__file__).parent / "allowed_skips.txt"
+
+
+def pytest_addoption(parser):
+  parser.addoption("--full", action="store_true", help="also run the tests marked `long`")
+
+
+def pytest_configure(config):
+  config.pluginmanager.register(Skips(read_allowed(ALLOWED.read_text())), "skips")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Without --full, long tests are deselected: they do not count as skipped."""
+  if config.getoption("--full"):
+    return
+  long = [item for item in items if item.get_closest_marker("long")]
+  config.hook.pytest_deselected(items=long)
+  items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def read_allowed(text: str) -> list[tuple[str, str]]:
+  """Lines "node id pattern | reason pattern" as pairs; '#' starts a comment."""
+  lines = [line.split("#")[0].strip() for line in text.splitlines()]
+  pairs = [tuple(part.strip() for part in line.split("|")) for line in lines if line]
+  for pair in pairs:
+    if len(pair) != 2 or not all(pair):
+      raise pytest.UsageError(f"{ALLOWED.name}: '{' | '.join(pair)}' is not 'test | reason'")
+  return pairs
+
+
+class Skips:
+  """Fails the run when a skipped test is not in `allowed_skips.txt` with its reason."""
+
+  def __init__(self, allowed: list[tuple[str, str]]):
+    self.allowed = allowed
+    self.unexpected: list[str] = []
+
+  def note(self, report):
+    if not report.skipped or hasattr(report, "wasxfail"):
+      return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not any(fnmatch.fnmatch(report.nodeid, test) and fnmatch.fnmatch(reason, why)
+               for test, why in self.allowed):
+      self.unexpected.append(f"{report.nodeid} | {reason}")
+
+  def pytest_runtest_logreport(self, report):
+    self.note(report)
+
+  def pytest_collectreport(self, report):
+    self.note(report)
+
+  @pytest.hookimpl(trylast=True)
+  def pytest_sessionfinish(self, session):
+    if self.unexpected and session.exitstatus == 0:
+      session.exitstatus = 1
+
+  def pytest_terminal_summary(self, terminalreporter):
+    for line in self.unexpected:
+      terminalreporter.write_line(f"SKIP NOT ALLOWED (see tests/{ALLOWED.name}): {line}", red=True)

@@ -1,0 +1,34 @@
+"""One prepared data folder for all tests, and a small config that packs it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm_jax.configs import base
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # workers import `tests.data.broken_source` by name
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+  from vlm_jax.data import prepare
+
+  path = tmp_path_factory.mktemp("data") / "root"
+  prepare.prepare(str(path), log=lambda line: None)
+  return str(path)
+
+
+@pytest.fixture
+def config(root):
+  config = base.get_config()
+  config.fusion.name = "prefix_lm"
+  config.tower.patch = 16  # 16 slots an image
+  config.data.root = root
+  config.data.rows, config.data.tokens, config.data.images = 4, 256, 3
+  config.data.window, config.data.prefetch = 60, 0
+  config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=2,
+                                             augment=("flip", "translate"))
+  config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1)
+  return config

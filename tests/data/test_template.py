@@ -1,0 +1,102 @@
+"""The template, token by token, and what splitting keeps together."""
+
+import numpy as np
+import pytest
+
+from vlm_jax.core.document import Document, Image, Pixels, Text
+from vlm_jax.core.layout import split
+from vlm_jax.data import template, tokenizer
+from vlm_jax.data.bad import BadExample
+
+PIXELS = np.zeros((4, 4, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def words():
+  return tokenizer.train(["what is it? a cat is here"] * 10, 270)
+
+
+def encode(words, *parts, function=template.encode):
+  return function(Document(parts, "s", "key"), words, lambda image: image.data)
+
+
+def golden(encoded, words):
+  """One line a part: branch, turn, every token, predicted ones in brackets."""
+  lines = []
+  for part in encoded.parts:
+    if isinstance(part, Pixels):
+      lines.append(f"{part.turn} image")
+      continue
+    pieces = [words.decode([i], specials=True) for i in part.ids]
+    text = "".join(f"[{p}]" if loss else p for p, loss in zip(pieces, part.loss, strict=True))
+    lines.append(f"{part.turn} {part.branch} {text}")
+  return lines
+
+
+def test_conversation(words):
+  encoded = encode(
+    words, Text("be", "system"), Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", True),
+    Text("so", "user"), Text("no", "assistant"), Text("go", "user"), Text("xy", "assistant", True))
+  assert golden(encoded, words) == [
+    "0 0 <bos>be", "0 image", "0 0 <user>hi", "0 0 <assistant>[y][o][<eos>]",
+    "1 0 <user>so", "1 0 <assistant>no<eos>", "2 0 <user>go", "2 0 <assistant>[x][y][<eos>]"]
+
+
+def test_fan_out(words):
+  encoded = encode(
+    words, Image(PIXELS), Text("hi", "user", branch=1), Text("y", "assistant", True, 1),
+    Text("so", "user", branch=2), Text("n", "assistant", True, 2))
+  assert encoded.branched
+  assert golden(encoded, words) == [
+    "0 image", "1 1 <user>hi", "1 1 <assistant>[y][<eos>]",
+    "2 2 <user>so", "2 2 <assistant>[n][<eos>]"]
+
+
+def test_text_and_specials_in_text(words):
+  encoded = encode(words, Text("ab", "text", loss=True), Image(PIXELS), Text("b", "text"))
+  assert golden(encoded, words) == ["0 0 <bos>[a][b][<eos>]", "1 image", "1 0 <bos>b<eos>"]
+  encoded = encode(words, Text("<eos>", "text", loss=True))
+  assert words.eos not in encoded.parts[0].ids[1:-1]
+
+
+def test_prompt_ends_with_the_assistant(words):
+  prompt = encode(words, Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", loss=True),
+                  function=template.encode_prompt)
+  assert golden(prompt, words) == ["0 image", "0 0 <user>hi", "0 0 <assistant>"]
+
+
+@pytest.mark.parametrize("reason, parts", [
+  ("unknown_role", [Text("x", "narrator", loss=True)]),
+  ("empty_text", [Text("x", "user"), Text(" \n", "assistant", loss=True)]),
+  ("zero_loss", [Text("x", "user"), Text("y", "assistant")]),
+  ("zero_loss", [Image(PIXELS)]),
+])
+def test_refuses(words, reason, parts):
+  with pytest.raises(BadExample) as caught:
+    encode(words, *parts)
+  assert caught.value.reason == reason
+
+
+def test_split_repeats_the_trunk_and_keeps_pairs(words):
+  branches = [part for k in range(1, 7) for part in (
+    Text("hi ho", "user", branch=k), Text("y", "assistant", True, k))]
+  encoded = encode(words, Image(PIXELS), *branches)
+  pieces = split(encoded, 40, 16, 1)
+  assert len(pieces) > 1
+  answered = []
+  for piece in pieces:
+    image, *rest = piece.parts
+    assert isinstance(image, Pixels) and sum(len(part.ids) for part in rest) + 16 <= 40
+    assert [part.branch for part in rest[::2]] == [part.branch for part in rest[1::2]]
+    assert not rest[0].loss.any() and rest[1].loss.any()
+    answered += [part.branch for part in rest[::2]]
+  assert answered == [1, 2, 3, 4, 5, 6]
+  assert split(encoded, 20, 16, 1) == []  # the image and one pair do not fit
+  assert split(encoded, 40, 16, 0) == []
+
+
+def test_split_windows_lose_no_token(words):
+  encoded = encode(words, Text("a cat is here " * 30, "text", loss=True))
+  pieces = split(encoded, 17, 16, 1)
+  ids = np.concatenate([part.ids for piece in pieces for part in piece.parts])
+  assert (ids == encoded.parts[0].ids).all() and all(len(p.parts[0].ids) <= 17 for p in pieces)

@@ -1,0 +1,192 @@
+"""Tiny configs, random documents and a loud set of parameters, for every test of a strategy."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vlm_jax.configs import base
+from vlm_jax.core import batch as batches
+from vlm_jax.core.batch import Batch, from_flat
+from vlm_jax.core.document import Encoded, Pixels, Tokens
+from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.layout import Layout
+from vlm_jax.data.pack import Packer
+
+VOCAB, SIDE, SLOTS, K = 61, 8, 48, 4  # images are 2 x 2 patches of 4 pixels
+
+# Strategy, config.fusion.image_attention (None: the strategy does not read it), fan-out documents.
+VARIANTS = [
+  ("concat", "causal", False),
+  ("concat", "bidirectional", False),
+  ("concat", "causal", True),
+  ("concat", "bidirectional", True),
+  ("prefix_lm", None, False),
+  ("prefix_lm", None, True),
+]
+
+
+def get_config(name: str, image_attention: str | None = None, fan_out: bool = False) -> ConfigDict:
+  """A model of two layers and widths below 50; two sources, one of which fans out if asked."""
+  config = base.get_config()
+  config.fusion.name = name
+  if image_attention:
+    config.fusion.image_attention = image_attention
+  config.tower.update(image_size=SIDE, patch=4, width=24, depth=2, mlp=40, heads=3)
+  config.llm.update(vocab_size=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2)
+  config.attention.update(block_q=16, block_k=16)
+  config.data.update(rows=2, tokens=SLOTS, images=4)
+  config.data.sources.pairs = base.source(form="fan_out" if fan_out else "conversation")
+  config.data.sources.words = base.source()
+  return config
+
+
+def tokens(rng: np.random.Generator, prompt: int, answer: int = 0, branch: int = 0) -> Tokens:
+  """Random ids, the last `answer` of them predicted."""
+  ids = rng.integers(1, VOCAB, prompt + answer).astype(np.int32)
+  return Tokens(ids, np.arange(prompt + answer) >= prompt, branch)
+
+
+def pixels(rng: np.random.Generator) -> Pixels:
+  """A random image."""
+  return Pixels(rng.integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8))
+
+
+def documents(seed: int, fan_out: bool = False) -> list[Encoded]:
+  """What fits into two rows: plain text, image first, in the middle, several images, fan-out."""
+  rng = np.random.default_rng(seed)
+  text = lambda *args, **kwargs: tokens(rng, *args, **kwargs)
+  image = lambda: pixels(rng)
+  parts = {
+    "words": [(text(1, 8),), (text(4, 5),)],
+    "pairs": [
+      (image(), text(3, 4)),
+      (text(2), image(), text(3, 3)),
+      (text(1), image(), image(), text(2, 3), text(2, 2)),
+    ],
+  }
+  if fan_out:
+    branches = [text(3, 2, branch=1), text(2, 3, branch=2), text(4, 1, branch=3)]
+    parts["pairs"].append((image(), text(2), *branches))
+  return [
+    Encoded(tuple(content), source, f"{source}-{number}")
+    for source, contents in parts.items()
+    for number, content in enumerate(contents)
+  ]
+
+
+def lay_out(documents: list[Encoded], config: ConfigDict, seed: int = 0) -> list[Layout]:
+  """The layouts; what a strategy draws for a document depends on its key and the seed."""
+  module = find_fusion(config)
+  return [
+    module.layout(document, config, np.random.default_rng([seed, *document.key.encode()]))
+    for document in documents
+  ]
+
+
+def pack(layouts: list[Layout], config: ConfigDict) -> tuple[dict, dict[str, tuple[int, slice]]]:
+  """The flat batch of `config.data.rows` rows, and document key to its (row, slots)."""
+  module = find_fusion(config)
+  packer = Packer(module.fields(config), module.axes(config), config.data.rows)
+  assert packer.add(layouts), "the documents of a test fit one step"
+  packed = packer.build()
+  where = {}
+  for row, content in enumerate(packed.rows):
+    start = 0
+    for layout in content:
+      where[layout.key] = row, slice(start, start + layout.sizes["text"])
+      start += layout.sizes["text"]
+  return packed.arrays, where
+
+
+def alone(layout: Layout, config: ConfigDict) -> dict:
+  """The flat batch of one document, in the shapes of a whole step."""
+  return pack([layout], config)[0]
+
+
+def same_network(config: ConfigDict) -> FrozenConfigDict:
+  """The config without what only layouts read, so that strategies share compiled programs."""
+  config = config.copy_and_resolve_references()
+  config.fusion.update(name="", image_attention="")
+  config.data.sources.pairs.form = ""
+  return FrozenConfigDict(config)
+
+
+def noise_params(config: ConfigDict, scale: float = 0.3) -> dict:
+  """Every parameter overwritten with noise: no norm or bias is at a value that hides a bug."""
+  return _noise_params(find_fusion(config).Model, same_network(config), scale)
+
+
+@functools.cache
+def _noise_params(model: type, config: FrozenConfigDict, scale: float) -> dict:
+  module = find_fusion(get_config("concat"))
+  row = from_flat(batches.empty(module.fields(config), module.axes(config), 1))
+  shapes = jax.eval_shape(model(config).init, jax.random.key(0), row)["params"]
+  rng = np.random.default_rng(7)
+  noise = lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype)
+  return jax.tree.map(noise, meta.unbox(shapes))
+
+
+@functools.cache
+def _forward(model: type, config: FrozenConfigDict) -> Callable:
+  run = lambda params, batch: model(config).apply({"params": params}, batch).logits()
+  return jax.jit(run)
+
+
+def logits(config: ConfigDict, params: dict, flat: dict) -> np.ndarray:
+  """f32[B,T,V] of a flat batch; finite, and not constant."""
+  forward = _forward(find_fusion(config).Model, same_network(config))
+  out = np.asarray(forward(params, from_flat(flat)))
+  assert np.isfinite(out).all() and out.std() > 1e-2
+  return out
+
+
+@functools.cache
+def forward_cached(model: type, config: FrozenConfigDict) -> Callable:
+  """A jitted (params, batch, cache) -> Output."""
+  run = lambda params, batch, cache: model(config).apply({"params": params}, batch, cache=cache)
+  return jax.jit(run)
+
+
+@functools.cache
+def loss_and_grad(model: type, config: FrozenConfigDict, losses: Callable) -> Callable:
+  """A jitted (params, flat, scale f32[sources]) -> (scaled sum of the losses, gradients)."""
+
+  def total(params, batch: Batch, scale):
+    output = model(config).apply({"params": params}, batch)
+    return jnp.sum(losses(output, batch, config)["lm"] * scale)
+
+  grad = jax.jit(jax.value_and_grad(total))
+  return lambda params, flat, scale: grad(params, from_flat(flat), scale)
+
+
+def value_and_grad(config: ConfigDict, params: dict, flat: dict, scale=None) -> tuple:
+  """The loss, every source divided by its weight (or times `scale`), and its gradients."""
+  module = find_fusion(config)
+  if scale is None:
+    weights = np.asarray(module.weights(from_flat(flat), config)["lm"])
+    scale = np.where(weights > 0, 1 / np.maximum(weights, 1), 0).astype(np.float32)
+  run = loss_and_grad(module.Model, same_network(config), module.losses)
+  loss, grads = run(params, flat, np.asarray(scale, np.float32))
+  return loss, silence(grads)
+
+
+def silence(grads: dict) -> dict:
+  """Zeroes the gradients that only rounding makes: softmax does not see what all keys share."""
+  bias = grads["tower"]["layers"]["attention"]["key"]["bias"]
+  assert np.abs(bias).max() < 1e-6
+  grads["tower"]["layers"]["attention"]["key"]["bias"] = np.zeros(bias.shape, bias.dtype)
+  return grads
+
+
+def error(got, expected) -> float:
+  """Largest difference as a share of the largest expected value, over all leaves."""
+  leaves = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+  return max(
+    float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(b)).max(), 1e-30))
+    for a, b in leaves
+  )

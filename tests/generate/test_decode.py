@@ -1,0 +1,194 @@
+"""A prompt continued from a cache is the document read at once."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from tests.generate.helpers import (
+  ROWS,
+  SLOTS,
+  VOCAB,
+  alone,
+  answered,
+  fan_out,
+  forward,
+  noise,
+  question,
+  tiny,
+)
+from vlm_jax.core.batch import from_flat
+from vlm_jax.core.fusion import find_fusion, find_llm
+from vlm_jax.core.mask import NEVER
+from vlm_jax.generate import decode
+from vlm_jax.generate.prompts import layouts, stack
+from vlm_jax.generate.sampling import Sampling
+
+TOLERANCE = 2e-6
+NEW = 5
+PROMPTS = (
+  fan_out([3, 6, 4], seed=1), fan_out([2], seed=2), question(7, seed=3),
+  question(3, seed=4, image=False),
+)
+QUESTIONS = [(row, turn, asked) for row, prompt in enumerate(PROMPTS)
+             for turn, asked in enumerate(alone(prompt) or [prompt])]
+
+
+@functools.cache
+def model(fusion="prefix_lm", attend="bidirectional"):
+  config = tiny(fusion, attend=attend)
+  return config, noise(config)
+
+
+def prompts_of(documents, config, **shape):
+  shape = dict(rows=ROWS, bucket=SLOTS, turns=3) | shape
+  return stack(layouts(documents, config), config, **shape)
+
+
+def generate(documents, *, max_tokens=NEW, shape=None, stop=(), **options):
+  config, params = model()
+  prompts = prompts_of(documents, config, **(shape or {}))
+  stop = (*stop, *[-1] * (len(QUESTIONS) - len(stop)))  # always as many: one program
+  return decode.generate(config, params, prompts, max_tokens=max_tokens, stop=stop, **options)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefilled(config, params, batch, ends, context):
+  rows, columns = context.k_index.shape
+  cache = find_llm(config).empty_cache(config.llm, rows, columns, jnp.float32)
+  return decode.prefill(find_fusion(config).Model(config), params, batch, ends, context, cache)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def extended(config, params, tokens, step, context, cache):
+  return decode.extend(find_fusion(config).Model(config), params, tokens, step, context, cache)
+
+
+def error(config, params, spoil=lambda context: context):
+  """The largest error of the logits of prefill and extend, as a share of the largest logit."""
+  prompts = prompts_of(PROMPTS, config)
+  answers = np.random.default_rng(0).integers(6, VOCAB, (*prompts.ends.shape, NEW)).astype(np.int32)
+  frozen, batch, ends = FrozenConfigDict(config), from_flat(prompts.flat), jnp.asarray(prompts.ends)
+  context = spoil(decode.make_context(batch, ends, NEW))
+  logits, cache = prefilled(frozen, params, batch, ends, context)
+  got = [np.asarray(logits)]
+  for step in range(NEW - 1):
+    logits, cache = extended(frozen, params, answers[..., step], step, context, cache)
+    got.append(np.asarray(logits))
+  got = np.stack(got)
+
+  documents = [answered(prompt, answers[row]) for row, prompt in enumerate(PROMPTS)]
+  whole = forward(config, params, documents)
+  worst = []
+  for row, turn, _ in QUESTIONS:
+    logits, classes = whole[row]
+    assert np.isfinite(logits).all() and logits.std() > 0.1
+    mine = np.flatnonzero(classes == (turn + 1 if classes.any() else 0))
+    # The last NEW slots are the answer; the slot before each of them predicts it.
+    want = logits[mine[-NEW - 1 : -1]]
+    worst.append(np.abs(got[:, row, turn] - want).max() / np.abs(logits).max())
+  return max(worst)
+
+
+@pytest.mark.parametrize(
+  "fusion, attend", [("prefix_lm", ""), ("concat", "causal"), ("concat", "bidirectional")]
+)
+def test_prefill_and_extend_are_the_full_forward(fusion, attend):
+  assert error(*model(fusion, attend or "bidirectional")) < TOLERANCE
+
+
+@pytest.mark.parametrize("fault", ["index", "pad", "class", "position"])
+def test_a_wrong_cache_is_seen(fault):
+  def spoil(context):
+    if fault == "index":  # each new token believes to come one earlier, and does not see itself
+      return dataclasses.replace(context, length=context.length - 1)
+    if fault == "pad":
+      visible = jnp.where(context.k_index == NEVER, 0, context.k_index)
+      return dataclasses.replace(context, k_index=visible)
+    if fault == "class":
+      return dataclasses.replace(context, q_class=jnp.zeros_like(context.q_class))
+    return dataclasses.replace(context, position=context.position + 1)
+
+  assert error(*model(), spoil) > 100 * TOLERANCE
+
+
+def test_greedy_is_the_full_forward_run_again_for_every_token():
+  config, params = model()
+  out = generate(PROMPTS)
+  active = prompts_of(PROMPTS, config).ends >= 0
+  assert (np.asarray(out.lengths)[active] == NEW).all() and active.sum() == len(QUESTIONS) == 6
+  assert int(out.steps) == NEW and not np.asarray(out.stopped).any()
+  said = {(row, turn): [] for row, turn, _ in QUESTIONS}
+  for step in range(NEW):
+    documents = [answered(asked, [said[row, turn]]) if step else asked
+                 for row, turn, asked in QUESTIONS]
+    whole = forward(config, params, documents[:ROWS]) + forward(config, params, documents[ROWS:])
+    for (row, turn, _), (logits, _) in zip(QUESTIONS, whole, strict=True):
+      said[row, turn].append(int(logits[-1].argmax()))
+      log_prob = logits[-1].max() - np.logaddexp.reduce(logits[-1])
+      assert np.asarray(out.log_probs)[row, turn, step] == pytest.approx(log_prob, abs=1e-4)
+  for (row, turn), tokens in said.items():
+    assert np.asarray(out.tokens)[row, turn].tolist() == tokens
+  # What is said must depend on the question, or nothing is shown.
+  assert len({tuple(tokens) for tokens in said.values()}) > 3
+
+
+def test_a_ragged_batch_is_each_question_alone():
+  config, _ = model()
+  together = generate(PROMPTS)
+  for row, turn, asked in QUESTIONS:
+    one = generate([asked], shape=dict(rows=1, bucket=32, turns=1))
+    assert one.tokens.shape == (1, 1, NEW)
+    assert (np.asarray(one.tokens)[0, 0] == np.asarray(together.tokens)[row, turn]).all()
+    np.testing.assert_allclose(
+      np.asarray(one.log_probs)[0, 0], np.asarray(together.log_probs)[row, turn], atol=1e-4
+    )
+  silent = prompts_of(PROMPTS, config).ends < 0
+  assert silent.any() and (np.asarray(together.tokens)[silent] == 0).all()
+  assert (np.asarray(together.lengths)[silent] == 0).all()
+
+
+def test_stop_tokens_end_an_answer_and_the_loop():
+  free = generate(PROMPTS)
+  tokens = np.asarray(free.tokens)
+  stop = tuple({int(tokens[row, turn, 1 + turn]) for row, turn, _ in QUESTIONS})
+  out = generate(PROMPTS, stop=stop)
+  lengths = []
+  for row, turn, _ in QUESTIONS:
+    said = tokens[row, turn]
+    length = next(i for i, token in enumerate(said) if token in stop)
+    lengths.append(length)
+    assert int(out.lengths[row, turn]) == length and bool(out.stopped[row, turn])
+    assert np.asarray(out.tokens)[row, turn].tolist() == [*said[:length], *[0] * (NEW - length)]
+    kept, log_probs = (np.asarray(x.log_probs)[row, turn] for x in (free, out))
+    np.testing.assert_allclose(log_probs[: length + 1], kept[: length + 1], atol=1e-5)
+    assert (log_probs[length + 1 :] == 0).all()
+  assert int(out.steps) == 1 + max(lengths) < NEW
+
+
+def test_seeds_reproduce_and_do_not_depend_on_the_batch():
+  def draw(prompts, seeds, sampling):
+    seeds = np.resize(seeds, ROWS)
+    return np.asarray(generate(prompts, sampling=sampling, seeds=seeds).tokens)
+
+  warm = Sampling(temperature=1.5, top_p=0.95)
+  both = draw(PROMPTS[1:3], [7, 8], warm)
+  assert (both == draw(PROMPTS[1:3], [7, 8], warm)).all()
+  assert (both[1] == draw(PROMPTS[2:3], [8], warm)[0]).all()
+  assert (both != draw(PROMPTS[1:3], [9, 10], warm)).any()
+  # Cold enough, or with the narrowest nucleus, sampling is greedy.
+  greedy = draw(PROMPTS[1:3], [1, 2], Sampling())
+  assert (greedy != both).any()
+  assert (greedy == draw(PROMPTS[1:3], [1, 2], Sampling(temperature=1e-6))).all()
+  assert (greedy == draw(PROMPTS[1:3], [1, 2], Sampling(temperature=1.0, top_p=1e-6))).all()
+
+
+def test_one_token_needs_no_columns_of_its_own():
+  one = generate(PROMPTS, max_tokens=1)
+  assert (np.asarray(one.tokens)[..., 0] == np.asarray(generate(PROMPTS).tokens)[..., 0]).all()
+  with pytest.raises(ValueError, match="max_tokens"):
+    generate(PROMPTS, max_tokens=0)

@@ -1,0 +1,158 @@
+"""The loop as a user meets it: signals, full disks, numbers that are not finite, evaluations."""
+
+import json
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.kill_resume import Process, differences
+from tests.train import tiny_fusion
+from vlm_jax.configs import base
+from vlm_jax.core.errors import DataError, NumericsError, UsageError
+from vlm_jax.train import metrics
+from vlm_jax.train.checkpoint import steps
+from vlm_jax.train.loop import train, unite
+
+
+def start(workdir, cache, *fields):
+  command = [sys.executable, "-m", "tests.train.tiny_run", str(workdir), str(cache), *fields]
+  return Process(command, workdir)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, cache):
+  """A run that nobody touched."""
+  workdir = tmp_path_factory.mktemp("clean")
+  config = tiny_fusion.get_config()
+  config.train.compilation_cache = str(cache)
+  result = train(config, workdir, make_loader=tiny_fusion.Loader)
+  assert result["step"] == 12 and np.isfinite(result["loss"])
+  return workdir
+
+
+def test_files_of_a_run(clean):
+  rows = metrics.read(clean / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert rows[-1]["loss"] < rows[0]["loss"] and len({row["batch_crc32"] for row in rows}) == 12
+  assert {"loss/lm/pairs", "loss/lm/words", "grad_norm", "lr", "tokens/text", "images/images",
+          "pairs/text"} <= rows[0].keys()
+  timing = metrics.read(clean / "timing.jsonl")
+  assert "compile_seconds" in timing[0]
+  assert {"step_seconds", "data_wait_share", "tokens/text/second", "images/images/second",
+          "fill/tokens/text", "flops_empty_share"} <= timing[-1].keys()
+  assert steps(clean / "checkpoints") == [8, 12]
+  assert list(clean.glob("events.*"))
+
+
+def test_finished_run_starts_no_step(clean, config):
+  before = (clean / "metrics.jsonl").read_bytes()
+  result = train(config, clean, make_loader=tiny_fusion.Loader)
+  assert result["step"] == 12 and (clean / "metrics.jsonl").read_bytes() == before
+
+
+def test_signals(clean, cache, tmp_path):
+  """SIGTERM saves and leaves with 143, Ctrl-C with 130; the run that goes on is the same run."""
+  for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    process = start(tmp_path, cache, "delay=0.15")
+    assert process.says("compiled")
+    time.sleep(0.4)
+    process.send(number)
+    assert process.wait() == code, process.lines
+    last = steps(tmp_path / "checkpoints")[-1]
+    assert any(f"stopped after step {last}, which is saved" in line for line in process.lines)
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["step"] == last
+  assert start(tmp_path, cache).wait() == 0
+  assert differences(clean, tmp_path) == []
+
+
+def test_signal_while_compiling(tmp_path):
+  process = start(tmp_path / "run", tmp_path / "empty cache")
+  assert process.says("compiling")
+  process.send(signal.SIGINT)
+  assert process.wait(20) == 130, process.lines
+  assert any("stopped while compiling, nothing was lost" in line for line in process.lines)
+  assert not any(line.startswith("compiled") for line in process.lines)
+  assert steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_second_signal_leaves_at_once(cache, tmp_path):
+  process = start(tmp_path, cache, "hang=3")
+  assert process.says("hanging")
+  process.send(signal.SIGTERM)
+  time.sleep(0.3)
+  assert process.running
+  process.send(signal.SIGTERM)
+  assert process.wait(5) == 143
+
+
+def test_full_disk(clean, cache, tmp_path):
+  """One checkpoint is lost, loudly; the run goes on, and only the last checkpoint must succeed."""
+  process = start(tmp_path / "once", cache, "full=4:8", "delay=0.1", "llm.width=64",
+                  "train.keep=9")
+  assert process.wait() == 0, process.lines
+  assert sum("step 4 was not written, the disk is full" in line for line in process.lines) == 1
+  assert steps(tmp_path / "once" / "checkpoints") == [8, 12]
+  assert metrics.read(tmp_path / "once" / "timing.jsonl")[-1]["checkpoint_failures"] == 1
+  process = start(tmp_path / "end", cache, "full=12:99", "llm.width=64", "train.keep=9")
+  assert process.wait() == 73, process.lines
+  assert any("step 12 could not be written" in line for line in process.lines)
+  assert steps(tmp_path / "end" / "checkpoints") == [4, 8]
+  assert start(tmp_path / "end", cache, "llm.width=64").wait() == 0
+  assert differences(tmp_path / "once", tmp_path / "end") == []
+
+
+class Poisoned(tiny_fusion.Loader):
+  """A weight that is not a number in the batch of step 6."""
+
+  def __next__(self):
+    flat, info = super().__next__()
+    if self.index == 6:
+      flat["streams/text/loss_weights/lm"][0, 0] = np.nan
+    return flat, info
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_not_finite_stops_and_is_never_saved(config, tmp_path, log_every):
+  config.train.log_every = log_every
+  with pytest.raises(NumericsError, match="not finite at step") as error:
+    train(config, tmp_path, make_loader=Poisoned)
+  assert error.value.code == 76 and steps(tmp_path / "checkpoints") == [4]
+  record = json.loads(next(tmp_path.glob("numerics-*.json")).read_text())
+  assert record["step"] == (6 if log_every == 1 else 8) and record["parameters_not_finite"]
+  batch = np.load(next(tmp_path.glob("numerics-*.npz")))
+  assert np.isnan(batch["streams.text.loss_weights.lm"]).any() == (log_every == 1)
+
+
+def test_evaluations_come_after_the_checkpoint_and_are_made_up_for(config, tmp_path):
+  config.evals.quiz = base.evaluation()
+  config.train.update(eval_every=4)
+  calls = []
+
+  def evaluate(name, params, step):
+    assert step in steps(tmp_path / "checkpoints") or step % 4 == 0
+    calls.append((name, step))
+    if len(calls) == 2:
+      raise DataError("stopped by the test")
+    return {"accuracy": float(params["llm"]["scale"].sum())}
+
+  with pytest.raises(DataError):
+    train(config, tmp_path, make_loader=tiny_fusion.Loader, evaluate=evaluate)
+  result = train(config, tmp_path, make_loader=tiny_fusion.Loader, evaluate=evaluate)
+  assert calls == [("quiz", step) for step in (4, 8, 8, 12)]
+  assert np.isfinite(result["eval/quiz/accuracy"]) and result["step"] == 12
+  train(config, tmp_path, make_loader=tiny_fusion.Loader, evaluate=evaluate)
+  assert len(calls) == 4
+
+
+def test_keep_nothing_is_refused(config, tmp_path):
+  config.train.keep = 0
+  with pytest.raises(UsageError, match=r"config\.train\.keep"):
+    train(config, tmp_path, make_loader=tiny_fusion.Loader)
+
+
+def test_unite():
+  states = [{"count": 2, "shards": {"0": {"next": 3}}}, {"count": 2, "shards": {"1": {"next": 4}}}]
+  assert unite(states) == {"count": 2, "shards": {"0": {"next": 3}, "1": {"next": 4}}}

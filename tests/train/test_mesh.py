@@ -1,0 +1,13 @@
+"""Eight devices train as one does, and checkpoints move between meshes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_eight_devices():
+  script = Path(__file__).with_name("eight_devices.py")
+  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.splitlines()[-1] == "ok"
+  print(done.stdout)

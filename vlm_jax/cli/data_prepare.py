@@ -1,0 +1,36 @@
+"""Writes every source of the mix as ArrayRecord files, trains the tokenizer, writes a manifest.
+
+Does nothing when the folder already holds what is asked for and every sha256 agrees. Interrupted,
+it leaves the old data or none, never half of it.
+"""
+
+import argparse
+
+from vlm_jax.cli import config as recipes
+
+SUMMARY = "write sources as ArrayRecord, train the tokenizer"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  recipes.argument(parser, required=False)
+  parser.add_argument("--root",
+                      help="folder to write to (default: the config's data.root, or 'data')")
+  parser.add_argument("--sources", help="comma-separated modules of vlm_jax/data/sources "
+                      "(default: the config's, or easy_vqa,pydoc)")
+  parser.add_argument("--vocab-size", type=int,
+                      help="tokens of the tokenizer (default: the config's, or 1024)")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prepares the data that the flags, else the recipe, else the defaults name."""
+  root, sources, vocab_size = args.root, args.sources, args.vocab_size
+  if args.config:
+    config = recipes.read(args)
+    root = root or config.data.root
+    sources = sources or ",".join(sorted({entry.name for entry in config.data.sources.values()}))
+    vocab_size = vocab_size or config.llm.vocab_size
+  from vlm_jax.data import prepare
+
+  sources = sources.split(",") if sources else prepare.SOURCES
+  prepare.prepare(root or "data", sources=sources, vocab_size=vocab_size or 1024)

@@ -1,0 +1,35 @@
+"""Answers one question about some pictures with a checkpoint of a run."""
+
+import argparse
+import json
+
+from vlm_jax.cli import runs
+
+SUMMARY = "answer a question about pictures"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  runs.arguments(parser)
+  parser.add_argument("--prompt", required=True, help="the question")
+  parser.add_argument("--image", action="append", default=[], metavar="FILE",
+                      help="a picture shown before the question; may be repeated")
+  parser.add_argument("--max-tokens", type=int, default=32, help="the answer is cut there (32)")
+  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+  parser.add_argument("--top-p", type=float, default=1.0,
+                      help="draw from the most likely tokens with this probability together (1)")
+  parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+  parser.add_argument("--json", action="store_true",
+                      help="print one JSON object: text, tokens, log_prob, stopped, counts, seconds")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints the answer."""
+  from vlm_jax.generate.answer import answer
+  from vlm_jax.generate.sampling import Sampling
+
+  sampling = Sampling(args.temperature, args.top_p, args.seed)
+  config, params, step = runs.open_run(args)
+  said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
+                sampling=sampling)
+  print(json.dumps({"step": step, **said}) if args.json else said["text"])

@@ -1,0 +1,171 @@
+"""Says what a recipe will cost before anything runs: parameters, shapes, tokens, FLOPs, kernels.
+
+Nothing is computed and no parameter is made; only shapes are traced. With prepared data, one step
+of it is packed and measured.
+"""
+
+import argparse
+import collections
+import json
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.cli import config as recipes
+
+SUMMARY = "parameters, shapes, tokens, FLOPs and kernels of a recipe"
+MOMENTS = 2  # AdamW keeps two numbers a parameter that trains
+DEPTH = 2  # path segments by which parameters are grouped
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  recipes.argument(parser)
+  parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints the plan."""
+  plan = make(recipes.read(args))
+  print(json.dumps(plan) if args.json else render(plan))
+
+
+def make(config: ConfigDict) -> dict[str, Any]:
+  """The plan of a config.
+
+  Returns:
+    "modules" {name: {"parameters", "trainable", "bytes"}} with bytes of parameters and optimiser,
+    "batch" {path: [dtype, shape]}, "image_slots" (text slots of one image), "data" (see `measure`)
+    or the reason why there is none, "flops" of one step, "attention" (see `kernels`).
+  """
+  from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.core.mesh import make_mesh
+  from vlm_jax.train import state as states
+  from vlm_jax.train.metrics import Work
+  from vlm_jax.train.optimizer import make_optimizer
+
+  module, mesh = find_fusion(config), make_mesh(config)
+  _, leaves = states.initializer(module, config)
+  optimizer = make_optimizer(config, module.STAGES, leaves)
+  batch = states.abstract_batch(module, config, mesh)
+  moved = set(states.flatten(optimizer.select(states.abstract_params(leaves, mesh))))
+  data = measure(config)
+  return {
+    "fusion": config.fusion.name,
+    "modules": modules(leaves, moved),
+    "batch": {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in batch.items()},
+    "image_slots": len(module.rows(config)),
+    "data": data,
+    "flops": flops(Work(config, leaves, batch), data),
+    "attention": kernels(config),
+  }
+
+
+def modules(leaves: dict, moved: set[str]) -> dict[str, dict[str, int]]:
+  """Parameters and bytes by module; a parameter that trains also costs its optimiser moments."""
+  rows: dict = collections.defaultdict(lambda: {"parameters": 0, "trainable": 0, "bytes": 0})
+  for path, leaf in leaves.items():
+    size = math.prod(leaf.shape)
+    trains = size if path in moved else 0
+    for name in ("/".join(path.split("/")[:DEPTH]), "total"):
+      rows[name]["parameters"] += size
+      rows[name]["trainable"] += trains
+      rows[name]["bytes"] += (size + MOMENTS * trains) * leaf.dtype.itemsize
+  total = rows.pop("total")
+  return {**dict(sorted(rows.items())), "total": total}
+
+
+def measure(config: ConfigDict) -> dict[str, Any] | str:
+  """Packs one step of the prepared data.
+
+  Returns:
+    "documents" {source: in the step}, "tokens" {source: mean slots a document takes, images
+    included}, "fill" {axis: share}, "pairs" {mask: visible pairs inside the intervals}; or a
+    sentence that says why there is no data.
+  """
+  import numpy as np
+
+  from vlm_jax.core.errors import DataError
+  from vlm_jax.data import pipeline
+
+  try:
+    loader = pipeline.make(config)
+    batch, info = next(loader)
+    loader.close()
+  except DataError as error:
+    return f"not measured: {error}"
+  tokens = {}
+  segments = batch["streams/text/segment_ids"]
+  for index, name in enumerate(sorted(config.data.sources)):
+    mine = (segments > 0) & (batch["streams/text/source_ids"] == index)
+    tokens[name] = round(float(mine.sum()) / max(info["documents"].get(name, 0), 1), 1)
+  pairs = {path.split("/")[1]: int(np.maximum(batch[path.replace("/lo", "/hi")] - lo, 0).sum())
+           for path, lo in batch.items() if path.startswith("masks/") and path.endswith("/lo")}
+  return {"documents": info["documents"], "tokens": tokens, "fill": info["fill"], "pairs": pairs}
+
+
+def flops(work: Any, data: dict | str) -> dict[str, float]:
+  """FLOPs of one step, both ways: dense layers on every slot, attention on visible pairs.
+
+  Without prepared data the attention is left out: how many pairs are visible is in the data.
+  """
+  row = {"dense": float(work.dense())}
+  if isinstance(data, dict):
+    row["attention"] = float(work.attention(sum(data["pairs"].values())))
+  return row | {"total": sum(row.values())}
+
+
+def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """For training rows: which implementation runs each attention, and why not the others."""
+  import jax
+  import numpy as np
+
+  from vlm_jax.core.mask import full
+  from vlm_jax.ops import attention
+
+  vit, llm = config.tower, config.llm
+  patches = (vit.image_size // vit.patch) ** 2 + int(vit.class_token)
+  head = llm.head_dim or llm.width // llm.heads
+  shapes = {
+    "llm": (config.data.tokens, (llm.heads, llm.kv_heads, head)),
+    "tower": (patches, (vit.heads, vit.heads, vit.width // vit.heads)),
+  }
+  rows = {}
+  for name, (length, (heads, groups, width)) in shapes.items():
+    mask = jax.tree.map(lambda field: np.asarray(field)[None], full(length))
+    blocks = {"block_q": config.attention.block_q, "block_k": config.attention.block_k}
+    plan = jax.eval_shape(lambda mask, s=length, b=blocks: attention.make_plan(mask, s, **b), mask)
+    chosen, refused = attention.choose((1, length, heads, width), (1, length, groups, width), plan,
+                                       config.attention.implementation)
+    rows[name] = {"length": length, "heads": heads, "groups": groups, "head_dim": width,
+                  "implementation": chosen, "refused": refused}
+  return rows
+
+
+def render(plan: dict[str, Any]) -> str:
+  """The plan as text."""
+  lines = [f"{plan['fusion']}", "", f"{'module':<28}{'parameters':>14}{'that train':>14}{'MB':>10}"]
+  for name, row in plan["modules"].items():
+    lines.append(f"{name:<28}{row['parameters']:>14,}{row['trainable']:>14,}"
+                 f"{row['bytes'] / 1e6:>10.2f}")
+  lines += ["", "batch of one step"]
+  lines += [f"  {path:<36}{dtype}[{', '.join(map(str, shape))}]"
+            for path, (dtype, shape) in plan["batch"].items()]
+  lines += ["", f"an image takes {plan['image_slots']} text slots"]
+  data = plan["data"]
+  if isinstance(data, dict):
+    for name, tokens in data["tokens"].items():
+      lines.append(f"  {name:<20}{data['documents'].get(name, 0):>5} documents in the first step, "
+                   f"{tokens:,.1f} slots each")
+    fill = ", ".join(f"{axis} {share:.1%}" for axis, share in data["fill"].items())
+    lines.append(f"  slots in use: {fill}")
+  else:
+    lines.append(f"  {data}")
+  parts = ", ".join(f"{name} {value:.3g}" for name, value in plan["flops"].items())
+  lines += ["", f"FLOPs of a step, forward and backward: {parts}", "", "attention"]
+  for name, row in plan["attention"].items():
+    lines.append(f"  {name:<8}{row['length']} x {row['length']}, {row['heads']} heads in "
+                 f"{row['groups']} groups of {row['head_dim']}: {row['implementation']}")
+    lines += [f"          not {other}: {reason}" for other, reason in row["refused"].items()]
+  return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""What `evaluate` and `generate` share: a run directory back to a config and parameters."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that name a run."""
+  parser.add_argument("--workdir", required=True, help="run directory")
+  parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+  parser.add_argument("--root", help="prepared data, if it is not where the run's config says")
+  parser.add_argument("--allow-outside", action="store_true",
+                      help="let the frozen config name modules outside vlm_jax; they run code")
+
+
+def open_run(args: argparse.Namespace) -> tuple[ConfigDict, dict[str, Any], int]:
+  """The frozen config, the verified parameters of a checkpoint on one device, and its step.
+
+  Raises:
+    UsageError: not a run directory, or no such checkpoint.
+    DataError: the checkpoint is damaged.
+  """
+  from vlm_jax.train.workdir import load_config
+
+  config = load_config(args.workdir, outside=args.allow_outside)
+  if args.root:
+    config.data.root = args.root
+  import jax
+
+  from vlm_jax.configs import base
+  from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.core.mesh import make_mesh
+  from vlm_jax.train import loop, state
+  from vlm_jax.train.checkpoint import load_params
+
+  config.mesh = base.get_config().mesh  # the run's own may want more devices than there are here
+  loop.set_up_cache(config)
+  _, leaves = state.initializer(find_fusion(config), config)
+  abstract = state.abstract_params(leaves, make_mesh(config, jax.devices()[:1]))
+  folder = Path(args.workdir).absolute() / "checkpoints"
+  params, step = load_params(folder, abstract, args.step)
+  return config.lock(), params, step

@@ -1,0 +1,23 @@
+"""Trains a recipe, or continues the run in --workdir."""
+
+import argparse
+
+from vlm_jax.cli import config as recipes
+
+SUMMARY = "train a recipe, or continue the run of a workdir"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  recipes.argument(parser)
+  parser.add_argument("--workdir", required=True,
+                      help="directory of the run; continued if it holds one")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Trains to the last step; the evaluations of the config run at the end and as it says."""
+  config = recipes.read(args)
+  from vlm_jax.evals.run import in_loop
+  from vlm_jax.train.loop import train
+
+  train(config, args.workdir, evaluate=in_loop(config, args.workdir))

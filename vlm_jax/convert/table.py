@@ -1,0 +1,237 @@
+"""One table says which array of ours is which array of theirs; it is read in both directions.
+
+Every tower, connector and language model has a tuple `KEYS` of rows (ours, theirs, op):
+
+  ours    path of the parameter below the module, "layers/attention/query/kernel"
+  theirs  key below their module, "layers.{layer}.self_attn.q_proj.weight"; with {layer}, ours is
+          stacked on a leading axis and one row stands for the keys of all layers
+  op      name in `OPS`: how the arrays of one layer differ
+
+A row whose parameter the config does not make (a class token, a bias) is passed over. Because
+export is read from the same rows as import, import -> export -> import is the identity.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from vlm_jax.convert.safetensors_io import Tensor
+from vlm_jax.core.errors import DataError
+from vlm_jax.core.typing import Params
+
+LISTED = 8  # keys named in an error message
+Shape = tuple[int, ...]
+Keys = tuple[tuple[str, str, str], ...]
+
+
+class Op(NamedTuple):
+  """How one array of ours becomes theirs: `shape` and `export` go there, `load` comes back."""
+
+  shape: Callable[[Shape], Shape]
+  export: Callable[[np.ndarray], np.ndarray]
+  load: Callable[[np.ndarray, Shape], np.ndarray]
+
+
+def _patch_shape(shape: Shape) -> Shape:
+  size = math.isqrt(shape[0] // 3)
+  return (shape[1], 3, size, size)
+
+
+def _load_patch(array: np.ndarray, shape: Shape) -> np.ndarray:
+  return array.transpose(2, 3, 1, 0).reshape(shape)
+
+
+def _export_patch(array: np.ndarray) -> np.ndarray:
+  width, channels, size, _ = _patch_shape(array.shape)
+  return array.reshape(size, size, channels, width).transpose(3, 2, 0, 1)
+
+
+OPS = {
+  "copy": Op(lambda s: s, lambda a: a, lambda a, s: a),
+  # A bias or token with split axes, [H,C] for [H*C].
+  "flat": Op(lambda s: (math.prod(s),), lambda a: a.reshape(-1), lambda a, s: a.reshape(s)),
+  # torch Linear [out, in]; the output axes may be split: ours [D,H,C].
+  "in": Op(
+    lambda s: (math.prod(s[1:]), s[0]),
+    lambda a: a.reshape(a.shape[0], -1).T,
+    lambda a, s: a.T.reshape(s),
+  ),
+  # The same with the input axes split: ours [H,C,D].
+  "out": Op(
+    lambda s: (s[-1], math.prod(s[:-1])),
+    lambda a: a.reshape(-1, a.shape[-1]).T,
+    lambda a, s: a.T.reshape(s),
+  ),
+  # torch Conv2d [D,3,size,size]; ours [size*size*3, D], a patch being (row, column, channel).
+  "patch": Op(_patch_shape, _export_patch, _load_patch),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One tensor of theirs: our path, the layer of a stacked parameter, its shape without layers."""
+
+  path: str
+  layer: int | None
+  key: str
+  op: Op
+  shape: Shape
+
+
+class Source(Protocol):
+  """Where tensors come from: a safetensors Reader, or anything with shapes and tensors by key."""
+
+  shapes: Mapping[str, Shape]
+
+  def __getitem__(self, key: str) -> np.ndarray: ...
+
+
+def entries(parts: Iterable[tuple[str, str, Keys]], shapes: Mapping[str, Shape]) -> list[Entry]:
+  """The tensors of a checkpoint.
+
+  Args:
+    parts: (our prefix "llm/", their prefix "language_model.model.", KEYS) of every module.
+    shapes: our parameter paths to shapes, stacked layers included.
+
+  Raises:
+    ValueError: a parameter that no row or more than one row describes (a KEYS tuple is wrong).
+  """
+  found, seen = [], set()
+  for ours, theirs, keys in parts:
+    for path, key, op in keys:
+      path, key = ours + path, theirs + key
+      if path not in shapes:
+        continue
+      if path in seen:
+        raise ValueError(f"two rows of KEYS describe {path}")
+      seen.add(path)
+      shape = tuple(shapes[path])
+      if "{layer}" not in key:
+        found.append(Entry(path, None, key, OPS[op], shape))
+        continue
+      for layer in range(shape[0]):
+        found.append(Entry(path, layer, key.format(layer=layer), OPS[op], shape[1:]))
+  if left := sorted(set(shapes) - seen):
+    raise ValueError(f"no row of KEYS describes {name_keys(left)}")
+  return found
+
+
+def load(
+  source: Source,
+  table: list[Entry],
+  rename: Callable[[str], str] = lambda key: key,
+  unread: Callable[[str], bool] = lambda key: False,
+) -> Params:
+  """Reads parameters tensor by tensor; dtypes stay those of the file.
+
+  Args:
+    source: their tensors.
+    table: from `entries`.
+    rename: their key in this file to its canonical spelling.
+    unread: canonical keys that the model is known not to read.
+
+  Returns:
+    The nested tree of numpy arrays.
+
+  Raises:
+    DataError: missing keys, unexpected keys, or wrong shapes; one sentence with the names.
+  """
+  spelled: dict[str, str] = {}
+  for key in source.shapes:
+    if rename(key) in spelled:
+      raise DataError(f"weights: '{key}' and '{spelled[rename(key)]}' are two spellings of one "
+                      "tensor; remove one of them")
+    spelled[rename(key)] = key
+  expected = {entry.key for entry in table}
+  if missing := sorted(expected - set(spelled)):
+    raise DataError(f"weights: {len(missing)} keys are missing: {name_keys(missing)}; the "
+                    "checkpoint is incomplete or its config.json describes another model")
+  if unexpected := sorted(key for key in set(spelled) - expected if not unread(key)):
+    raise DataError(f"weights: {len(unexpected)} keys are unexpected: {name_keys(unexpected)}; the "
+                    "model would ignore them, so its config.json describes another model")
+  wrong = [
+    f"{entry.key} is {source.shapes[spelled[entry.key]]}, expected {entry.op.shape(entry.shape)}"
+    for entry in table if source.shapes[spelled[entry.key]] != entry.op.shape(entry.shape)
+  ]
+  if wrong:
+    raise DataError(f"weights: {len(wrong)} shapes are wrong: {name_keys(wrong)}; the config.json "
+                    "describes another model")
+
+  layers = {entry.path: entry.layer + 1 for entry in table if entry.layer is not None}
+  flat: dict[str, np.ndarray] = {}
+  for entry in table:
+    array = entry.op.load(source[spelled[entry.key]], entry.shape)
+    if entry.layer is None:
+      flat[entry.path] = np.ascontiguousarray(array)
+      continue
+    if entry.path not in flat:
+      flat[entry.path] = np.empty((layers[entry.path], *entry.shape), array.dtype)
+    stacked = flat[entry.path]
+    if stacked.dtype != array.dtype:
+      raise DataError(f"weights: {entry.key} is {array.dtype} but earlier layers are "
+                      f"{stacked.dtype}; convert the checkpoint to one dtype")
+    stacked[entry.layer] = array
+  return unflatten(flat)
+
+
+def export(params: Params, table: list[Entry]) -> dict[str, Tensor]:
+  """Their tensors by key. Each is made when asked for; a parameter on devices is copied to the host
+  once for all its layers that are asked for in a row."""
+  flat = flatten(params)
+  host: dict[str, np.ndarray] = {}  # the last parameter copied, nothing else
+
+  def get(entry: Entry) -> np.ndarray:
+    if entry.path not in host:
+      host.clear()
+      host[entry.path] = np.asarray(flat[entry.path])
+    array = host[entry.path]
+    return entry.op.export(array if entry.layer is None else array[entry.layer])
+
+  def tensor(entry: Entry) -> Tensor:
+    nbytes = math.prod(entry.shape) * flat[entry.path].dtype.itemsize
+    return Tensor(nbytes, lambda: get(entry))
+
+  return {entry.key: tensor(entry) for entry in table}
+
+
+def flatten(tree: Params, prefix: str = "") -> dict:
+  """Nested dict to {"a/b/c": leaf}."""
+  flat = {}
+  for name, node in tree.items():
+    path = f"{prefix}{name}"
+    flat.update(flatten(node, path + "/") if isinstance(node, dict) else {path: node})
+  return flat
+
+
+def unflatten(flat: Mapping) -> Params:
+  """{"a/b/c": leaf} to a nested dict."""
+  tree: Params = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
+
+
+def renamer(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+  """A function that applies (pattern, replacement) to a key, each once and in order."""
+  compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+  def rename(key: str) -> str:
+    for pattern, replacement in compiled:
+      key = pattern.sub(replacement, key, count=1)
+    return key
+
+  return rename
+
+
+def name_keys(keys: list[str]) -> str:
+  """The first keys of a list, and how many more there are."""
+  more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+  return ", ".join(keys[:LISTED]) + more

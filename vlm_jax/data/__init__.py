@@ -1,0 +1,1 @@
+"""Floor 1: documents from prepared files to packed numpy batches."""

@@ -1,0 +1,202 @@
+"""One record to layouts, and random access to documents: the pure functions behind the pipeline.
+
+Everything random is a function of (seed, source, epoch, index), so a record gives the same layouts
+in any process, at any time.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import os
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.core.document import Document, Encoded, Image, Pixels
+from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.layout import Layout, split
+from vlm_jax.data import images, records, template, tokenizer
+from vlm_jax.data.bad import Bad, BadExample
+from vlm_jax.data.sources import Parts, choose_form, find_source
+
+POLICIES = ("real", "none", "shuffled")
+
+
+def source_seed(config: ConfigDict, name: str) -> int:
+  """The seed of one source's shuffle, 0 <= seed < 2**32."""
+  return zlib.crc32(f"{config.seed}/{name}".encode())
+
+
+def generator(config: ConfigDict, name: str, epoch: int, index: int) -> np.random.Generator:
+  """The generator of one record in one epoch."""
+  return np.random.default_rng([config.seed, zlib.crc32(name.encode()), epoch, index])
+
+
+def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
+  """The tokenizer of `config.data.tokenizer`, or the one `data prepare` trained.
+
+  Raises:
+    DataError: there is none, or it cannot be read.
+    UsageError: its vocabulary is not `config.llm.vocab_size`.
+  """
+  path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
+  loaded = tokenizer.load(path)
+  if loaded.vocab_size != config.llm.vocab_size:
+    raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
+                     f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "
+                     "config.data.tokenizer")
+  return loaded
+
+
+def image_decoder(config: ConfigDict) -> template.DecodeImage:
+  """A function from Image to u8[H,W,3] of the tower's image size, for `template.encode`."""
+  size = config.tower.image_size
+
+  def decode(image: Image) -> np.ndarray:
+    pixels = images.decode(image.data) if isinstance(image.data, bytes) else image.data
+    return images.resize(pixels, size)
+
+  return decode
+
+
+class Records:
+  """The documents of every record of one split, with the image policy applied."""
+
+  def __init__(self, config: ConfigDict, name: str, split: str, form: str = "",
+               policy: str = "real"):
+    """Opens a split.
+
+    Args:
+      config: reads `data.root`, `data.sources[name]` and `seed`.
+      name: which of `config.data.sources`.
+      split: split of the source.
+      form: form of the source, "" its default.
+      policy: "real", "none" (images removed) or "shuffled" (images of another record).
+
+    Raises:
+      UsageError: an unknown source, split, form or policy.
+      DataError: the prepared files are missing or damaged.
+    """
+    if name not in config.data.sources:
+      raise UsageError(f"config.data.sources has no '{name}'; {nearest(name, config.data.sources)}")
+    if policy not in POLICIES:
+      raise UsageError(f"images of source '{name}' is '{policy}'; {nearest(policy, POLICIES)}")
+    self._module = find_source(config.data.sources[name].name, config.outside)
+    self._form = choose_form(self._module, form, f"the form of source '{name}'")
+    self._reader = records.open_split(config.data.root, config.data.sources[name].name, split)
+    self._policy, self._name, self._split = policy, name, split
+    self._shift = 1 + source_seed(config, name) % max(len(self._reader) - 1, 1)
+    if policy == "shuffled" and len(self._reader) < 2:
+      raise UsageError(f"source '{name}': images='shuffled' needs two records or more in '{split}'")
+
+  def __len__(self) -> int:
+    return len(self._reader)
+
+  def key(self, index: int) -> str:
+    """A name that finds record `index` again."""
+    return f"{self._name}/{self._split}[{index}]"
+
+  def partner(self, index: int) -> int:
+    """The record whose images record `index` is shown under "shuffled"; never itself."""
+    return (index + self._shift) % len(self._reader)
+
+  def __getitem__(self, index: int) -> list[Document]:
+    """The documents of record `index`; BadExample when the source cannot write them."""
+    record = self._reader[index]
+    documents = self._module.parts(record, self._form)
+    if self._policy == "shuffled":
+      other = self._module.parts(self._reader[self.partner(index)], self._form)
+      strangers = [part for parts in other[:1] for part in parts if isinstance(part, Image)]
+      documents = [_replace(parts, strangers) for parts in documents]
+    elif self._policy == "none":
+      documents = [_replace(parts, []) for parts in documents]
+    key = f"{self._name}/{self._split}/{record['key']}"
+    number = lambda i: f"?{i}" if len(documents) > 1 else ""
+    return [Document(parts, self._name, key + number(i)) for i, parts in enumerate(documents)]
+
+
+def _replace(parts: Parts, strangers: list[Image]) -> Parts:
+  """The parts with their images replaced in turn by `strangers`; without any they are removed."""
+  supply = itertools.cycle(strangers)
+  replaced = (next(supply, None) if isinstance(part, Image) else part for part in parts)
+  return tuple(part for part in replaced if part is not None)
+
+
+class Draw:
+  """(epoch, index) of a source to the list of layouts of that record, or a Bad marker.
+
+  It never drops anything, so the order of a pipeline of Draws does not depend on how many processes
+  share the work. Pickling it sends the config only; the other process opens its own files.
+  """
+
+  def __init__(self, config: ConfigDict, name: str):
+    """Opens what one source of `config.data.sources` needs; raises as `Records` does."""
+    self._config, self._name = config, name
+    entry = config.data.sources[name]
+    images.check_augmentations(entry.augment, f"config.data.sources.{name}.augment")
+    self.records = Records(config, name, entry.split, entry.form, entry.images)
+    self._augment = tuple(entry.augment)
+    self._tokenizer = load_tokenizer(config)
+    self._decode = image_decoder(config)
+    self._fusion = find_fusion(config)
+    self._slots = len(self._fusion.rows(config))
+
+  def __reduce__(self):
+    return Draw, (self._config, self._name)
+
+  def __call__(self, position: tuple[int, int]) -> list[Layout] | Bad:
+    epoch, index = position
+    rng = generator(self._config, self._name, epoch, index)
+    try:
+      layouts = []
+      for document in self.records[index]:
+        for piece in self._pieces(document, rng):
+          layouts.append(self._fusion.layout(piece, self._config, rng))
+      return layouts
+    except BadExample as error:
+      return Bad(error.reason, self.records.key(index))
+
+  def _pieces(self, document: Document, rng: np.random.Generator) -> list[Encoded]:
+    decode = lambda image: images.augment(self._decode(image), self._augment, rng)
+    encoded = template.encode(document, self._tokenizer, decode)
+    data = self._config.data
+    # A document with images is only cut when it must be: every piece costs its images again.
+    capacity = data.tokens if encoded.images else min(data.window or data.tokens, data.tokens)
+    pieces = split(encoded, capacity, self._slots, data.images)
+    pieces = [piece for piece in pieces if _teaches(piece)]
+    if not pieces:
+      raise BadExample("does_not_fit", document.key)
+    return pieces
+
+
+def _teaches(encoded: Encoded) -> bool:
+  """Whether some predicted token has a token before it that predicts it."""
+  loss = [np.zeros(1, bool) if isinstance(part, Pixels) else part.loss for part in encoded.parts]
+  return bool(np.concatenate(loss)[1:].any())
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents(Sequence):
+  """Random access to the documents of a split, in the order of its records."""
+
+  records: Records
+  ends: tuple[int, ...]  # number of documents up to and with every record
+
+  def __len__(self) -> int:
+    return self.ends[-1]
+
+  def __getitem__(self, index: int) -> Document:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    record = bisect.bisect_right(self.ends, index)
+    return self.records[record][index - (self.ends[record - 1] if record else 0)]
+
+
+def documents(config: ConfigDict, source_name: str, split: str, form: str = "",
+              images: str = "real") -> Documents:
+  """The documents of a split for evaluation, in a fixed order; arguments as in `Records`."""
+  opened = Records(config, source_name, split, form, images)
+  return Documents(opened, tuple(itertools.accumulate(len(opened[i]) for i in range(len(opened)))))

@@ -1,0 +1,99 @@
+"""Documents to tokens. The only place that knows what a turn looks like.
+
+    user       <user> question
+    assistant  <assistant> answer <eos>
+    system     <bos> instruction
+    text       <bos> page <eos>
+
+Marks that open a turn are never predicted; the text and the closing <eos> are when `Text.loss` says
+so. Every piece is tokenised alone and its loss written at once, so the spans are exact: nothing is
+tokenised twice and counted.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text, Tokens
+from vlm_jax.data.bad import BadExample
+from vlm_jax.data.tokenizer import Tokenizer
+
+DecodeImage = Callable[[Image], np.ndarray]
+
+
+def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
+  """Templates, tokenises and decodes a document.
+
+  Args:
+    document: parts in reading order, the trunk before the branches.
+    tokenizer: gives ids.
+    decode_image: Image to u8[H,W,3], already resized for the tower.
+
+  Returns:
+    The encoded document. A question, its images and its answer share a turn.
+
+  Raises:
+    BadExample: "unknown_role", "empty_text", "zero_loss", or what `decode_image` raises.
+  """
+  encoded = _encode(document, tokenizer, decode_image)
+  if not any(isinstance(part, Tokens) and part.loss.any() for part in encoded.parts):
+    raise BadExample("zero_loss", document.key)
+  return encoded
+
+
+def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
+  """The document up to its last answer: what a model is given to write that answer itself.
+
+  The last part, of a fan-out document the last part of every branch, must be an assistant's; it
+  becomes the bare `<assistant>` mark.
+
+  Raises:
+    BadExample: "unknown_role" (a last part is not an assistant's), or as in `encode`.
+  """
+  last = {getattr(part, "branch", 0): index for index, part in enumerate(document.parts)}
+  if len(last) > 1:
+    last.pop(0, None)
+  for index in last.values():
+    if not isinstance(document.parts[index], Text) or document.parts[index].role != "assistant":
+      raise BadExample("unknown_role", f"{document.key}: the last part is not an answer")
+  asked = [part for index, part in enumerate(document.parts) if index not in last.values()]
+  if not asked:
+    raise BadExample("empty_text", f"{document.key}: there is nothing before the answer")
+  encoded = _encode(Document(tuple(asked), document.source, document.key), tokenizer, decode_image)
+  parts: list[Tokens | Pixels] = []
+  branches = [getattr(part, "branch", 0) for part in encoded.parts]
+  for part, branch, following in zip(encoded.parts, branches, [*branches[1:], None], strict=True):
+    parts.append(part)
+    if branch != following and branch in last:
+      mark = np.array([tokenizer.assistant], np.int32)
+      parts.append(Tokens(mark, np.zeros(1, bool), branch, part.turn))
+  return Encoded(tuple(parts), document.source, document.key)
+
+
+def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
+  parts: list[Tokens | Pixels] = []
+  turn, branch, answered = 0, 0, False
+  for part in document.parts:
+    if parts and (answered or (isinstance(part, Text) and part.branch != branch)):
+      turn += 1
+    if isinstance(part, Image):
+      parts.append(Pixels(decode_image(part), turn))
+      answered = False
+    else:
+      parts.append(_tokens(part, tokenizer, turn, document.key))
+      branch, answered = part.branch, part.role in ("assistant", "text")
+  return Encoded(tuple(parts), document.source, document.key)
+
+
+def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str) -> Tokens:
+  if part.role not in ROLES:
+    raise BadExample("unknown_role", f"{key}: '{part.role}'")
+  if not part.text.strip():
+    raise BadExample("empty_text", f"{key}: {part.role}")
+  opening = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
+  ids = [opening, *tokenizer.encode(part.text)]
+  if part.role in ("assistant", "text"):
+    ids.append(tokenizer.eos)
+  loss = np.full(len(ids), part.loss)
+  loss[0] = False
+  return Tokens(np.array(ids, np.int32), loss, part.branch, turn)

@@ -1,0 +1,122 @@
+"""Runs the evaluations of a config and writes numbers and predictions into the run directory."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.core.errors import DiskError, UsageError, nearest
+from vlm_jax.core.typing import Params
+from vlm_jax.evals import perplexity, vqa
+
+KINDS: Mapping[str, ModuleType] = MappingProxyType({"perplexity": perplexity, "vqa": vqa})
+
+
+def evaluate(
+  config: ConfigDict,
+  params: Params,
+  workdir: str | Path | None,
+  *,
+  step: int = 0,
+  names: Iterable[str] | None = None,
+  split: str | None = None,
+  report: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, Any]]:
+  """Runs evaluations.
+
+  Args:
+    config: of the run; `config.evals` names the evaluations.
+    params: the parameters.
+    workdir: where `evals/<step>.json` and `predictions/<label>.jsonl` are written; None: nowhere.
+    step: number of training steps behind the parameters.
+    names: which evaluations; None: all.
+    split: read this split instead of the entry's own.
+    report: gets one line for every evaluation done.
+
+  Returns:
+    Label to numbers. The label is the evaluation's name, with "_<split>" when another split than
+    the entry's own is read; so both stand side by side in one file.
+
+  Raises:
+    UsageError: an unknown name or kind, or a field that cannot be.
+    DataError: the data cannot be read.
+    DiskError: the workdir cannot be written.
+  """
+  results = {}
+  for name in sorted(config.evals) if names is None else names:
+    if name not in config.evals:
+      raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
+    entry = config.evals[name]
+    if entry.kind not in KINDS:
+      raise UsageError(f"config.evals.{name}.kind is '{entry.kind}'; {nearest(entry.kind, KINDS)}")
+    chosen = split or entry.split
+    label = name if chosen == entry.split else f"{name}_{chosen}"
+    numbers, predictions = KINDS[entry.kind].run(config, params, entry, chosen)
+    results[label] = {"kind": entry.kind, "source": entry.source, "split": chosen, **numbers}
+    report(f"{label}: {line(results[label])}")
+    if workdir is not None:
+      _write(Path(workdir), step, label, results[label], predictions)
+  return results
+
+
+def in_loop(
+  config: ConfigDict, workdir: str | Path, report: Callable[[str], None] = lambda line: None
+) -> Callable[[str, Params, int], dict[str, float]]:
+  """What training calls: (name in config.evals, params, step) to flat numbers for its log."""
+
+  def one(name: str, params: Params, step: int) -> dict[str, float]:
+    results = evaluate(config, params, workdir, step=step, names=[name], report=report)
+    return scalars(results[name])
+
+  return one
+
+
+def scalars(numbers: dict[str, Any]) -> dict[str, float]:
+  """The numbers of one evaluation as flat floats: "accuracy", and "shuffled/accuracy" of a control.
+
+  Times are left out: what is left is a function of the parameters and the data.
+  """
+  flat = {name: float(value) for name, value in numbers.items()
+          if isinstance(value, int | float) and name != "seconds"}
+  for images, control in numbers.get("controls", {}).items():
+    flat |= {f"{images}/{name}": value for name, value in scalars(control).items()}
+  return flat
+
+
+def line(numbers: dict[str, Any]) -> str:
+  """One line for people."""
+  unit = "tokens" if "tokens" in numbers else "questions"
+  main = "perplexity" if unit == "tokens" else "accuracy"
+  show = lambda part: f"{part[main]:.4g} [{part['low']:.4g}, {part['high']:.4g}]"
+  text = f"{main} {show(numbers)} with images {numbers['images']}"
+  for images, control in numbers.get("controls", {}).items():
+    text += f", {show(control)} {images}"
+  return f"{text}; {numbers[unit]:,} {unit} of {numbers['source']} {numbers['split']}"
+
+
+def _write(workdir: Path, step: int, label: str, numbers: dict, predictions: dict) -> None:
+  """Adds an evaluation to the file of its step, and replaces its predictions."""
+  try:
+    for images, rows in predictions.items():
+      name = f"{label}_{images}" if images else label
+      _replace(workdir / "predictions" / f"{name}.jsonl", "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path = workdir / "evals" / f"{step}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"step": step, "evals": {}}
+    known["evals"][label] = numbers
+    _replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
+  except OSError as error:
+    raise DiskError(f"--workdir {workdir} cannot be written ({error.strerror}); free space, mend "
+                    "its permissions or choose another directory") from error
+
+
+def _replace(path: Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)

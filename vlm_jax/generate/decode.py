@@ -1,0 +1,224 @@
+"""Prefill and extend inside one compiled function.
+
+    prompt columns          generated columns
+    0 ........ T-1          T + s * J + j          cache column
+    0 .. n-1  NEVER         n + s * J + j          k_index, n: prompt length of the row
+
+Prompts are padded on the right to T slots and written to the first T columns of the cache at once.
+The s-th new token of the j-th open turn of a row sees what the last slot of its turn sees, in the
+same class, and everything after it up to itself. The mask is data, so ragged prompts and several
+open turns that share an image need nothing else. The image of a row is computed once, however many
+questions about it are open.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vlm_jax.core.batch import Batch, Stream, from_flat
+from vlm_jax.core.fusion import Cache, Output, find_fusion, find_llm
+from vlm_jax.core.layout import IGNORE
+from vlm_jax.core.mask import NEVER, IntervalMask
+from vlm_jax.core.precision import precision
+from vlm_jax.core.typing import Array, Params
+from vlm_jax.generate.prompts import STREAM, Prompts
+from vlm_jax.generate.sampling import GREEDY, Sampling, choose
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """What was said; B rows, J open turns, M = max_tokens.
+
+  Attributes:
+    tokens: i32[B,J,M], 0 behind the end.
+    lengths: i32[B,J], tokens of the answer without the stop token.
+    stopped: bool[B,J], whether a stop token ended the answer (else max_tokens did).
+    log_probs: f32[B,J,M] under the model at temperature 1, the stop token's included, 0 behind it.
+    steps: i32[], how many tokens the longest answer took.
+  """
+
+  tokens: Array
+  lengths: Array
+  stopped: Array
+  log_probs: Array
+  steps: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What stays the same while a batch is decoded.
+
+  Attributes:
+    lo, q_class: i32[B,J], of every open turn (q_class None: the strategy has no classes).
+    length: i32[B], n.
+    position: i32[B,J], of the last slot of the prompt.
+    k_class, k_index: i32[B,S], of every column of the cache, also the ones yet to be written.
+    active: bool[B,J], whether there is such a turn.
+  """
+
+  lo: Array
+  q_class: Array | None
+  length: Array
+  position: Array
+  k_class: Array | None
+  k_index: Array
+  active: Array
+
+
+def make_context(batch: Batch, ends: Array, max_tokens: int) -> Context:
+  """Lays out the columns of the cache: T for the prompt, J for each new token but the last."""
+  stream, mask = batch.streams[STREAM], batch.masks[STREAM]
+  rows, slots = stream.tokens.shape
+  turns, active = ends.shape[1], ends >= 0
+  at = lambda field: jnp.take_along_axis(field, jnp.maximum(ends, 0), axis=1)
+  length = (stream.segment_ids > 0).sum(1, dtype=jnp.int32)
+  new = (max_tokens - 1) * turns
+  index = length[:, None] + jnp.arange(new, dtype=jnp.int32)
+  repeat = lambda values: jnp.tile(values, (1, max_tokens - 1))
+  prompt = jnp.where(stream.segment_ids > 0, jnp.arange(slots, dtype=jnp.int32), NEVER)
+  k_index = jnp.concatenate([prompt, jnp.where(repeat(active), index, NEVER)], axis=1)
+  q_class = k_class = None
+  if mask.q_class is not None:
+    q_class = at(mask.q_class)
+    k_class = jnp.concatenate([mask.k_class, repeat(q_class)], axis=1)
+  return Context(at(mask.lo), q_class, length, at(stream.positions), k_class, k_index, active)
+
+
+def prefill(model: Any, params: Params, batch: Batch, ends: Array, context: Context,
+            cache: Cache) -> tuple[Array, Cache]:
+  """Reads the prompts: logits f32[B,J,V] of each open turn's next token, and the filled cache."""
+  mask = dataclasses.replace(
+    batch.masks[STREAM], k_class=context.k_class, k_index=context.k_index
+  )
+  batch = dataclasses.replace(batch, masks={**batch.masks, STREAM: mask})
+  output = model.apply({"params": params}, batch, cache=cache)
+  hidden = jnp.take_along_axis(output.hidden, jnp.maximum(ends, 0)[..., None], axis=1)
+  return Output(hidden, output.head).logits(), output.cache
+
+
+def extend(model: Any, params: Params, tokens: Array, step: Array, context: Context,
+           cache: Cache) -> tuple[Array, Cache]:
+  """Reads one more token of every open turn.
+
+  Args:
+    model, params: of the strategy.
+    tokens: i32[B,J], the tokens of number `step` of the answers.
+    step: i32[], s.
+    context: of the batch.
+    cache: written up to the tokens before.
+
+  Returns:
+    The logits f32[B,J,V] of the next token, and the cache with these tokens appended.
+  """
+  rows, turns = tokens.shape
+  own = context.length[:, None] + step * turns + jnp.arange(turns, dtype=jnp.int32)
+  # A turn that does not exist sees nothing; its keys have k_index NEVER.
+  hi = jnp.where(context.active, own + 1, 0)
+  mask = IntervalMask(context.lo, hi, context.q_class, context.k_class, context.k_index)
+  zeros = jnp.zeros((rows, turns), jnp.int32)
+  stream = Stream(
+    tokens=tokens,
+    targets=zeros,
+    fill=zeros + IGNORE,
+    positions=context.position + 1 + step,
+    segment_ids=context.active.astype(jnp.int32),
+    source_ids=zeros,
+    loss_weights={},
+  )
+  batch = Batch(streams={STREAM: stream}, media={}, masks={STREAM: mask})
+  output = model.apply({"params": params}, batch, cache=cache)
+  return output.logits(), output.cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_tokens"))
+def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Generated:
+  model = find_fusion(config).Model(config)
+  batch = from_flat(flat)
+  context = make_context(batch, ends, max_tokens)
+  rows, turns = ends.shape
+  columns, dtype = context.k_index.shape[1], precision(config).compute
+  cache = find_llm(config).empty_cache(config.llm, rows, columns, dtype)
+  logits, cache = prefill(model, params, batch, ends, context, cache)
+
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = jax.vmap(fold, (0, None))(jax.vmap(jax.random.key)(seeds), jnp.arange(turns))
+
+  def say(logits, step, state):
+    """Chooses token number `step` and writes it down for the turns that still speak."""
+    said, log_probs, length, speaking, _ = state
+    now = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
+    token, log_prob = choose(logits, now, temperature, top_p)
+    stops = (token[..., None] == stop).any(-1)
+    token = jnp.where(speaking & ~stops, token, 0)
+    said = said.at[..., step].set(token)
+    log_probs = log_probs.at[..., step].set(jnp.where(speaking, log_prob, 0.0))
+    length = length + (speaking & ~stops)
+    return said, log_probs, length, speaking & ~stops, token
+
+  def going(carry):
+    step, _, state = carry
+    return (step < max_tokens) & state[3].any()
+
+  def body(carry):
+    step, cache, state = carry
+    logits, cache = extend(model, params, state[4], step - 1, context, cache)
+    return step + 1, cache, say(logits, step, state)
+
+  zeros = jnp.zeros((rows, turns), jnp.int32)
+  blank = jnp.zeros((rows, turns, max_tokens), jnp.int32)
+  state = say(logits, 0, (blank, blank.astype(jnp.float32), zeros, context.active, zeros))
+  step, _, state = lax.while_loop(going, body, (jnp.ones((), jnp.int32), cache, state))
+  said, log_probs, length, speaking, _ = state
+  return Generated(said, length, context.active & ~speaking, log_probs, step)
+
+
+def generate(
+  config: ConfigDict,
+  params: Params,
+  prompts: Prompts,
+  *,
+  max_tokens: int,
+  stop: tuple[int, ...] = (),
+  sampling: Sampling = GREEDY,
+  seeds: np.ndarray | None = None,
+) -> Generated:
+  """Continues every open turn of every prompt.
+
+  Args:
+    config: of the run; one program is compiled for each shape of `prompts`.
+    params: the parameters.
+    prompts: rows of one document each.
+    max_tokens: M, at least 1.
+    stop: tokens that end an answer.
+    sampling: how to choose.
+    seeds: u32[B], the seed of each row; None: `sampling.seed` plus the row's number.
+
+  Returns:
+    The answers.
+
+  Raises:
+    ValueError: max_tokens below 1.
+  """
+  if max_tokens < 1:
+    raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+  if seeds is None:
+    seeds = sampling.seed + np.arange(len(prompts.ends))
+  return _run(
+    FrozenConfigDict(config),
+    params,
+    prompts.flat,
+    prompts.ends,
+    np.asarray(stop, np.int32),
+    np.asarray(seeds, np.uint32),
+    np.float32(sampling.temperature) if sampling.temperature else None,
+    np.float32(sampling.top_p),
+    max_tokens,
+  )

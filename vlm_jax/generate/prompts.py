@@ -1,0 +1,90 @@
+"""Encoded prompts to the arrays of one compiled call.
+
+The strategy itself lays them out, so a prompt is masked exactly as it was in training.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.core import batch as batches
+from vlm_jax.core.document import Encoded
+from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.layout import Layout
+
+STREAM = "text"  # the stream that speaks
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """B rows, one document each.
+
+  Attributes:
+    flat: path to array [B,...], the text axis padded on the right.
+    ends: i32[B,J], the last slot of each of the J open turns of a row; -1: none.
+  """
+
+  flat: dict[str, np.ndarray]
+  ends: np.ndarray
+
+
+def layouts(encoded: Sequence[Encoded], config: ConfigDict) -> list[Layout]:
+  """Lays prompts out. A prompt has nothing to draw: its generator is the same for all."""
+  module = find_fusion(config)
+  return [module.layout(document, config, np.random.default_rng(0)) for document in encoded]
+
+
+def open_ends(layout: Layout) -> np.ndarray:
+  """i32[j], the slots from which a prompt goes on: the last of every branch, or of the trunk."""
+  length = layout.sizes[STREAM]
+  classes = layout.arrays.get(f"masks/{STREAM}/q_class", np.zeros(length, np.int32))
+  branches = np.unique(classes[classes > 0])
+  if not branches.size:
+    return np.array([length - 1], np.int32)
+  return np.array([np.flatnonzero(classes == branch)[-1] for branch in branches], np.int32)
+
+
+def by_length(documents: Sequence[Layout], size: int) -> list[list[int]]:
+  """Indices of documents of about equal length, `size` at a time."""
+  order = sorted(range(len(documents)), key=lambda index: documents[index].sizes[STREAM])
+  return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def stack(
+  documents: Sequence[Layout], config: ConfigDict, *, rows: int, bucket: int, turns: int = 1
+) -> Prompts:
+  """Puts each document into its own row.
+
+  Args:
+    documents: layouts of prompts.
+    config: of the run.
+    rows: B; missing documents become empty rows.
+    bucket: the length of a row is the longest document rounded up to a multiple of this, which
+      bounds the number of programs compiled.
+    turns: the number of open turns of a row is rounded up to a multiple of this.
+
+  Raises:
+    UsageError: more documents than rows.
+  """
+  if len(documents) > rows:
+    raise UsageError(f"{len(documents)} prompts do not fit into {rows} rows")
+  fields = find_fusion(config).fields(config)
+  axes = {
+    axis: max(document.sizes.get(axis, 0) for document in documents)
+    for axis in {field.axis for field in fields.values()}
+  }
+  axes[STREAM] = -(-max(axes[STREAM], 1) // bucket) * bucket
+  flat = batches.empty(fields, axes, rows)
+  ends = [open_ends(document) for document in documents]
+  wide = -(-max(map(len, ends)) // turns) * turns
+  table = np.full((rows, wide), -1, np.int32)
+  for row, (document, end) in enumerate(zip(documents, ends, strict=True)):
+    table[row, : len(end)] = end
+    for path, values in document.arrays.items():
+      flat[path][row, : len(values)] = values
+  # Rows without any media run without the tower.
+  flat = {path: values for path, values in flat.items() if values.shape[1]}
+  return Prompts(flat, table)

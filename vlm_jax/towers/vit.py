@@ -1,0 +1,240 @@
+"""Vision transformers (arXiv:2010.11929): ViT, CLIP and SigLIP encoders by config.
+
+Patches are cut by a reshape and embedded by a matrix product, which is the convolution with kernel
+and stride p: kernel[(row * p + column) * 3 + channel, d] = conv.weight[d, channel, row, column] in
+torch's order. Pixels that do not fill a patch at the right and lower edge are left out, as by a
+convolution without padding.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.nn import initializers
+from ml_collections import ConfigDict
+
+from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.fusion import Features
+from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mesh import constrain
+from vlm_jax.core.precision import Precision
+from vlm_jax.core.typing import Array
+from vlm_jax.nn import stack
+from vlm_jax.nn.attention import Attention, Context, make_context
+from vlm_jax.nn.linear import Linear, parameter
+from vlm_jax.nn.mlp import MLP
+from vlm_jax.nn.norms import LayerNorm
+from vlm_jax.ops.attention import attention
+
+# Width, depth, mlp, heads. Ti to H: arXiv:2010.11929 and 2106.10270; g, G: 2106.04560;
+# So400m: 2305.13035.
+SIZES = {
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "B": (768, 12, 3072, 12),
+  "L": (1024, 24, 4096, 16),
+  "H": (1280, 32, 5120, 16),
+  "So400m": (1152, 27, 4304, 16),
+  "g": (1408, 40, 6144, 16),
+  "G": (1664, 48, 8192, 16),
+}
+POOLS = ("none", "gap", "tok", "map")
+
+# Ours, theirs (CLIP and SigLIP share names but the patch, positions and first norm), operation.
+KEYS = (
+  ("patch/kernel", "embeddings.patch_embedding.weight", "patch"),
+  ("patch/bias", "embeddings.patch_embedding.bias", "copy"),
+  ("class_token", "embeddings.class_embedding", "flat"),
+  ("positions", "embeddings.position_embedding.weight", "copy"),
+  ("pre_norm/scale", "pre_layrnorm.weight", "copy"),  # the typo is theirs
+  ("pre_norm/bias", "pre_layrnorm.bias", "copy"),
+  ("layers/attention_norm/scale", "encoder.layers.{layer}.layer_norm1.weight", "copy"),
+  ("layers/attention_norm/bias", "encoder.layers.{layer}.layer_norm1.bias", "copy"),
+  ("layers/attention/query/kernel", "encoder.layers.{layer}.self_attn.q_proj.weight", "in"),
+  ("layers/attention/query/bias", "encoder.layers.{layer}.self_attn.q_proj.bias", "flat"),
+  ("layers/attention/key/kernel", "encoder.layers.{layer}.self_attn.k_proj.weight", "in"),
+  ("layers/attention/key/bias", "encoder.layers.{layer}.self_attn.k_proj.bias", "flat"),
+  ("layers/attention/value/kernel", "encoder.layers.{layer}.self_attn.v_proj.weight", "in"),
+  ("layers/attention/value/bias", "encoder.layers.{layer}.self_attn.v_proj.bias", "flat"),
+  ("layers/attention/out/kernel", "encoder.layers.{layer}.self_attn.out_proj.weight", "out"),
+  ("layers/attention/out/bias", "encoder.layers.{layer}.self_attn.out_proj.bias", "copy"),
+  ("layers/mlp_norm/scale", "encoder.layers.{layer}.layer_norm2.weight", "copy"),
+  ("layers/mlp_norm/bias", "encoder.layers.{layer}.layer_norm2.bias", "copy"),
+  ("layers/mlp/up/kernel", "encoder.layers.{layer}.mlp.fc1.weight", "in"),
+  ("layers/mlp/up/bias", "encoder.layers.{layer}.mlp.fc1.bias", "copy"),
+  ("layers/mlp/down/kernel", "encoder.layers.{layer}.mlp.fc2.weight", "in"),
+  ("layers/mlp/down/bias", "encoder.layers.{layer}.mlp.fc2.bias", "copy"),
+  ("post_norm/scale", "post_layernorm.weight", "copy"),
+  ("post_norm/bias", "post_layernorm.bias", "copy"),
+)
+
+
+def size(name: str) -> dict[str, int]:
+  """The fields of `config.tower` of a size: `config.tower.update(vit.size("L/14"))`.
+
+  Args:
+    name: a size of `SIZES`, with or without "/patch".
+
+  Raises:
+    UsageError: no such size.
+  """
+  variant, _, patch = name.partition("/")
+  if variant not in SIZES:
+    raise UsageError(f"config.tower: no ViT size '{variant}'; {nearest(variant, SIZES)}")
+  fields = dict(zip(("width", "depth", "mlp", "heads"), SIZES[variant], strict=True))
+  return fields | ({"patch": int(patch)} if patch else {})
+
+
+def grid(config: ConfigDict) -> tuple[int, int]:
+  """Rows and columns of patches."""
+  side = config.image_size // config.patch
+  return side, side
+
+
+def patches(values: Array, config: ConfigDict) -> Array:
+  """Pixels u8[B,N,Height,Width,3] to normalised patches f32[B*N, P, p*p*3]."""
+  batch, images, height, width, channels = values.shape
+  p = config.patch
+  rows, columns = height // p, width // p
+  mean, std = (jnp.asarray(field, jnp.float32) for field in (config.mean, config.std))
+  x = values[:, :, : rows * p, : columns * p].astype(jnp.float32)
+  x = (x / 255 - mean) / std
+  x = x.reshape(batch * images, rows, p, columns, p, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * images, rows * columns, p * p * channels)
+
+
+def see_all(queries: int, keys: int, rows: int) -> IntervalMask:
+  """Every query sees every key."""
+  zeros = jnp.zeros((rows, queries), jnp.int32)
+  return IntervalMask(lo=zeros, hi=zeros + keys)
+
+
+class Block(nn.Module):
+  """x + attention(norm x), then x + mlp(norm x), with biases."""
+
+  config: ConfigDict
+  implementation: str
+  precision: Precision
+
+  @nn.compact
+  def __call__(self, x: Array, columns: None, context: Context) -> tuple[Array, None]:
+    """See `nn.stack`."""
+    config = self.config
+    norm = lambda name: LayerNorm(config.norm_eps, self.precision, name=name)
+    x = constrain(x, ("batch", None, None))
+    y, columns = Attention(
+      heads=config.heads,
+      groups=config.heads,
+      head_dim=config.width // config.heads,
+      bias=True,
+      theta=None,
+      implementation=self.implementation,
+      precision=self.precision,
+      name="attention",
+    )(norm("attention_norm")(x), columns, context)
+    x = x + y
+    mlp = MLP(config.width, config.mlp, config.activation, True, self.precision, name="mlp")
+    return x + mlp(norm("mlp_norm")(x)), columns
+
+
+class MapPool(nn.Module):
+  """A learned probe reads all patches, then an MLP: the pooling of SigLIP (arXiv:2106.04560)."""
+
+  config: ConfigDict
+  precision: Precision
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """f[B,P,D] to f[B,D]."""
+    config, rows = self.config, x.shape[0]
+    head = config.width // config.heads
+    project = lambda name: Linear(
+      (config.heads, head), ("embed", "heads", "head"), True, self.precision, name=name
+    )
+    probe = parameter(
+      self, "probe", initializers.xavier_uniform(), (1, config.width), (None, "norm"),
+      self.precision.param,
+    )
+    probe = jnp.broadcast_to(probe, (rows, 1, config.width))
+    y = attention(project("query")(probe), project("key")(x), project("value")(x),
+                  see_all(1, x.shape[1], rows))
+    axes = ("heads", "head", "embed")
+    y = Linear((config.width,), axes, True, self.precision, name="out")(y)[:, 0]
+    mlp = MLP(config.width, config.mlp, config.activation, True, self.precision, name="mlp")
+    return y + mlp(LayerNorm(config.norm_eps, self.precision, name="norm")(y))
+
+
+class Model(nn.Module):
+  """The encoder. Attributes: `config.tower`, `config.attention`, dtypes."""
+
+  config: ConfigDict
+  attention: ConfigDict
+  precision: Precision
+
+  @nn.compact
+  def __call__(self, values: Array) -> Features:
+    """Pixels u8[B,N,Height,Width,3] to Features of D = config.width.
+
+    `feature_layer` -1 reads the last block, behind `post_norm`; -2 the one before it (LLaVA),
+    without norm. Layers that nothing reads have parameters and are not computed. The class token
+    is dropped.
+
+    Raises:
+      UsageError: a feature_layer, pool or combination that does not exist.
+    """
+    config = self.config
+    used = _used(config)
+    batch, images = values.shape[:2]
+    x = patches(values, config).astype(self.precision.compute)
+    linear = Linear((config.width,), ("patch", "embed"), config.patch_bias, self.precision,
+                    name="patch")
+    x = linear(x)
+    init = initializers.normal(config.width**-0.5)
+    if config.class_token:
+      token = parameter(self, "class_token", init, (config.width,), ("norm",), self.precision.param)
+      token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, config.width))
+      x = jnp.concatenate([token, x], axis=1)
+    table = parameter(self, "positions", init, x.shape[1:], ("position", "embed"),
+                      self.precision.param)
+    x = x + table.astype(x.dtype)
+    norm = lambda name: LayerNorm(config.norm_eps, self.precision, name=name)
+    if config.pre_norm:
+      x = norm("pre_norm")(x)
+    blocks = (self.attention.block_q, self.attention.block_k)
+    x, _ = stack.run(
+      Block,
+      config.depth,
+      remat=config.remat,
+      used=None if self.is_initializing() else used,
+      config=config,
+      implementation=self.attention.implementation,
+      precision=self.precision,
+      name="layers",
+    )(x, None, make_context(see_all(x.shape[1], x.shape[1], x.shape[0]), None, blocks))
+    if config.post_norm and (used == config.depth or self.is_initializing()):
+      x = norm("post_norm")(x)
+    pooled = self._pool(x)
+    x = x[:, 1:] if config.class_token else x
+    if pooled is not None:
+      pooled = pooled.reshape(batch, images, config.width)
+    return Features(x.reshape(batch, images, -1, config.width), pooled)
+
+  def _pool(self, x: Array) -> Array | None:
+    pool = self.config.pool
+    if pool == "map":
+      return MapPool(self.config, self.precision, name="pool")(x)
+    first = 1 if self.config.class_token else 0
+    return {"none": None, "tok": x[:, 0], "gap": x[:, first:].mean(axis=1)}[pool]
+
+
+def _used(config: ConfigDict) -> int:
+  """How many blocks the features need."""
+  if not -config.depth - 1 <= config.feature_layer <= -1:
+    raise UsageError(f"config.tower.feature_layer is {config.feature_layer}; use -1 (last block) "
+                     f"to {-config.depth - 1} (embeddings), config.tower.depth is {config.depth}")
+  if config.pool not in POOLS:
+    raise UsageError(f"config.tower.pool is '{config.pool}'; {nearest(config.pool, POOLS)}")
+  if config.pool == "tok" and not config.class_token:
+    raise UsageError("config.tower.pool 'tok' needs config.tower.class_token=True")
+  if config.pool != "none" and config.feature_layer != -1:
+    raise UsageError(f"config.tower.pool '{config.pool}' pools the last block; set "
+                     "config.tower.feature_layer=-1 or config.tower.pool='none'")
+  return config.depth + 1 + config.feature_layer

@@ -1,0 +1,311 @@
+"""Checkpoints that say when they are wrong.
+
+Orbax writes a checkpoint to a temporary directory and renames it, so a kill never leaves half of
+one. It does not notice a flipped bit in an array, and it does not look for an older checkpoint when
+the newest is damaged. Each checkpoint therefore carries a manifest, committed with it, of the
+digests of its arrays and documents; `restore` verifies it, moves a damaged checkpoint aside and
+takes the previous one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from jax.experimental import multihost_utils
+
+from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.typing import Params
+from vlm_jax.train.state import State
+
+DISK_FULL = ("no space left", "file too large", "disk quota", "enospc", "efbig", "edquot")
+# Trouble of this machine, not of the checkpoint: never a reason to move one aside.
+OURS = (MemoryError, PermissionError, KeyboardInterrupt)
+
+
+class Corrupt(Exception):
+  """A checkpoint that cannot be read back as it was written; the message says what is wrong."""
+
+
+class Checkpoints:
+  """The `checkpoints/` directory of a run.
+
+  Args:
+    path: the directory, made if missing.
+    keep: newest checkpoints kept.
+    keep_every: every n-th step is kept for ever, 0: none.
+    report: gets one line for everything the user should read.
+  """
+
+  def __init__(self, path: Path, keep: int, keep_every: int = 0, report: Callable = print):
+    _quiet()
+    self.path, self._report = path, report
+    self.failures = 0
+    self._pending: int | None = None
+    if jax.process_index() == 0:
+      path.mkdir(parents=True, exist_ok=True)
+      for left in path.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints cleaned")
+    # Quarantined steps are renamed before Orbax looks, and Orbax ignores names that are not steps.
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(path, options=self._options)
+
+  def close(self) -> None:
+    """Waits for a running save and lets go of the directory."""
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps with a checkpoint, oldest first."""
+    return steps(self.path)
+
+  def save(self, step: int, state: State, data: dict, meta: dict) -> None:
+    """Starts writing a checkpoint; arrays are copied before it returns.
+
+    Args:
+      step: steps done.
+      state: the train state.
+      data: the loader's state, JSON.
+      meta: anything else worth knowing, JSON.
+
+    A full disk does not stop training: one line, `failures` goes up, older checkpoints stay.
+    """
+    self._guard(lambda: self._manager.wait_until_finished())
+    tree = {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
+    items = {
+      "params": ocp.args.StandardSave(tree["params"]),
+      "optimizer": ocp.args.StandardSave(tree["optimizer"]),
+      "data": ocp.args.JsonSave(data),
+      "meta": ocp.args.JsonSave(meta),
+      "manifest": ocp.args.JsonSave(make_manifest(tree, {"data": data, "meta": meta})),
+    }
+    self._pending = step
+    self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+
+  def check(self) -> None:
+    """Reports a save that failed in the background."""
+    if self._pending is not None and not self._manager.is_saving_in_progress():
+      self._guard(lambda: self._manager.wait_until_finished())
+      self._pending = None
+
+  def finish(self, step: int) -> None:
+    """Waits for the save of `step`, which must exist afterwards.
+
+    Raises:
+      DiskError: it could not be written.
+    """
+    self._guard(lambda: self._manager.wait_until_finished())
+    if step not in self.steps():
+      raise DiskError(f"the checkpoint of step {step} could not be written to {self.path}; free "
+                      "space and start again: the run goes on from the newest checkpoint")
+
+  def restore(self, abstract: State) -> tuple[State, dict, dict] | None:
+    """The newest checkpoint that is as it was written: (state, data, meta), or None without any.
+
+    Args:
+      abstract: shapes, dtypes and shardings to restore into; any mesh.
+
+    Raises:
+      UsageError: a sound checkpoint is of another model.
+      DataError: there were checkpoints and none is sound.
+    """
+    damaged = 0
+    for step in reversed(self.steps()):
+      try:
+        tree = {"params": abstract.params,
+                "optimizer": {"step": abstract.step, "state": abstract.opt_state}}
+        tree, data, meta = _read(self._manager, step, tree)
+        optimizer = tree["optimizer"]
+        return State(optimizer["step"], tree["params"], optimizer["state"]), data, meta
+      except Corrupt as error:
+        damaged += 1
+        self._quarantine(step, error)
+    damaged = damaged or len(list(self.path.glob("*.corrupt-*")))
+    if damaged:
+      raise DataError(f"none of the checkpoints in {self.path} is readable, the damaged ones are "
+                      "named *.corrupt-*; restore a copy or choose a new --workdir")
+    return None
+
+  def _quarantine(self, step: int, error: Exception) -> None:
+    source = self.path / str(step)
+    number = 0
+    while (target := source.with_name(f"{step}.corrupt-{number}")).exists():
+      number += 1
+    if jax.process_index() == 0:
+      os.rename(source, target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"quarantine {step}")
+    self._report(f"checkpoint {step} is damaged ({error}); moved to {target.name}, "
+                 "trying the previous one")
+    self._manager.close()
+    self._manager = ocp.CheckpointManager(self.path, options=self._options)
+
+  def _guard(self, work: Callable[[], Any]) -> None:
+    try:
+      work()
+    except Exception as error:  # Orbax wraps the reason in several types; the text is what is left
+      if not _disk_full(error):
+        raise
+      self.failures += 1
+      self._report(f"WARNING: the checkpoint of step {self._pending} was not written, the disk is "
+                   f"full ({self.path}); training goes on, free space before the next one")
+      self._manager.close()
+      for left in self.path.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
+      self._manager = ocp.CheckpointManager(self.path, options=self._options)
+
+
+def steps(path: Path) -> list[int]:
+  """Steps with a checkpoint below `path`, oldest first."""
+  return sorted(int(child.name) for child in path.iterdir() if child.name.isdigit())
+
+
+def load_params(path: Path, abstract: Params, step: int | None = None) -> tuple[Params, int]:
+  """The parameters of a checkpoint, verified, without the optimizer: for evaluation and export.
+
+  Args:
+    path: the `checkpoints/` directory.
+    abstract: shapes, dtypes and shardings of all parameters.
+    step: which checkpoint, None: the newest.
+
+  Raises:
+    UsageError: there is no such checkpoint, or it is of another model.
+    DataError: it is damaged.
+  """
+  known = steps(path) if path.is_dir() else []
+  if not known or step is not None and step not in known:
+    raise UsageError(f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; "
+                     f"it has {', '.join(map(str, known)) or 'none'}")
+  step = known[-1] if step is None else step
+  manager = ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
+  try:
+    tree, _, _ = _read(manager, step, {"params": abstract})
+  except Corrupt as error:
+    raise DataError(f"checkpoint {path / str(step)} is damaged ({error}); name an older one with "
+                    "--step") from error
+  finally:
+    manager.close()
+  return tree["params"], step
+
+
+def make_manifest(tree: Any, documents: dict[str, Any]) -> dict[str, Any]:
+  """What a checkpoint must contain: digests of all arrays and JSON documents, and its own."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+  manifest = {
+    "arrays": dict(zip(names, _entries([leaf for _, leaf in flat]), strict=True)),
+    "documents": {name: _text_digest(value) for name, value in documents.items()},
+  }
+  return manifest | {"digest": _text_digest(manifest)}
+
+
+def _entries(leaves: list) -> list[dict]:
+  """Shape, dtype and digest of every array; hashing releases the interpreter, so in threads."""
+
+  def entry(leaf: Any) -> dict:
+    shape, dtype = list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+    host = np.ascontiguousarray(_host(leaf))
+    digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
+    digest.update(host.reshape(-1).view(np.uint8).data)
+    return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
+
+  if jax.process_count() > 1:
+    return [entry(leaf) for leaf in leaves]  # collectives must run in one order on all hosts
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    return list(pool.map(entry, leaves))
+
+
+def _host(leaf: Any) -> np.ndarray:
+  """The whole array on this host; one at a time, so a gather never holds more than one leaf."""
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  return np.asarray(leaf)
+
+
+def _text_digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dict, dict, dict]:
+  """Reads and verifies the items of `abstract` and both documents."""
+  json_item = lambda name: _orbax(manager, step, name, ocp.args.JsonRestore())
+  manifest = json_item("manifest")
+  own = manifest.pop("digest", None) if isinstance(manifest, dict) else None
+  if own is None or own != _text_digest(manifest):
+    raise Corrupt("its manifest is damaged")
+  documents = {name: json_item(name) for name in ("data", "meta")}
+  for name, value in documents.items():
+    if _text_digest(value) != manifest["documents"][name]:
+      raise Corrupt(f"'{name}' is not what was written")
+  _same_model(manifest["arrays"], abstract, step)
+  tree = {name: _orbax(manager, step, name, ocp.args.StandardRestore(item))
+          for name, item in abstract.items()}
+  found = make_manifest(tree, {})["arrays"]
+  for name, entry in found.items():
+    if entry != manifest["arrays"][name]:
+      raise Corrupt(f"array '{name}' is not what was written")
+  return tree, documents["data"], documents["meta"]
+
+
+def _orbax(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -> Any:
+  try:
+    return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+  except OURS:
+    raise
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise Corrupt(f"'{name}' cannot be read: {reason[:200]}") from error
+
+
+def _same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:
+  """Refuses a sound checkpoint of another model, which is nothing to move aside."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    entry = saved.get(name)
+    if entry is None:
+      raise UsageError(f"checkpoint {step} has no '{name}', which the model needs; the code or "
+                       "config is not the one that wrote it")
+    if entry["shape"] != list(leaf.shape):
+      raise UsageError(f"checkpoint {step} has '{name}' with shape {entry['shape']}, the model "
+                       f"needs {list(leaf.shape)}; the code or config is not the one that wrote it")
+
+
+def _quiet() -> None:
+  """Keeps tracebacks of failures that are handled here off the terminal.
+
+  Orbax logs the error of every thread on its way up, and event loops that it closed after an error
+  still get callbacks.
+  """
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  if getattr(sys.unraisablehook, "ours", False):
+    return
+  before = sys.unraisablehook
+
+  def hook(event: Any) -> None:
+    if str(event.exc_value) != "Event loop is closed":
+      before(event)
+
+  hook.ours = True
+  sys.unraisablehook = hook
+
+
+def _disk_full(error: BaseException | None) -> bool:
+  while error is not None:
+    if any(words in str(error).lower() for words in DISK_FULL):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

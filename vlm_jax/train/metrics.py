@@ -1,0 +1,257 @@
+"""Numbers of a run, in files, in TensorBoard and on the terminal.
+
+`metrics.jsonl` holds what is a function of the config alone (losses, gradient norm, checksum of the
+batch): a run that was killed and resumed has the same bytes in it as one that was not.
+`timing.jsonl` holds the rest: speed, waiting, occupancy. Rows are in step order.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from vlm_jax.core.errors import DiskError
+from vlm_jax.train.state import Leaf
+from vlm_jax.train.step import Numbers
+from vlm_jax.train.workdir import write_atomically
+
+
+class Writer:
+  """Appends rows to the files of a run and drops those of steps that will be done again.
+
+  Args:
+    path: the run directory.
+    step: the step the run continues from; rows behind it are taken away.
+
+  Only the first host writes.
+  """
+
+  def __init__(self, path: Path, step: int):
+    self._path = path
+    self._first = jax.process_index() == 0
+    if not self._first:
+      return
+    try:
+      for name in ("metrics.jsonl", "timing.jsonl"):
+        _cut(path / name, step)
+      self._files = {name: open(path / name, "a") for name in ("metrics.jsonl", "timing.jsonl")}
+      self._board = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
+    except OSError as error:
+      raise self._full(error) from error
+
+  def metrics(self, step: int, row: dict[str, Any]) -> None:
+    """A row that is a function of the config."""
+    self._write("metrics.jsonl", step, row)
+
+  def timing(self, step: int, row: dict[str, Any]) -> None:
+    """A row of measurements."""
+    self._write("timing.jsonl", step, row)
+
+  def _write(self, name: str, step: int, row: dict[str, Any]) -> None:
+    if not self._first:
+      return
+    try:
+      self._files[name].write(json.dumps({"step": step, **row}) + "\n")
+      self._files[name].flush()  # to the kernel: a killed process loses nothing it has logged
+      for key, value in row.items():
+        if isinstance(value, (int, float)) and math.isfinite(value):
+          self._board.add_scalar(key, value, step)
+    except OSError as error:
+      raise self._full(error) from error
+
+  def sync(self) -> None:
+    """Forces the rows to the disk; called before a checkpoint that must not be ahead of them."""
+    if self._first:
+      for file in self._files.values():
+        os.fsync(file.fileno())
+
+  def close(self) -> None:
+    """Closes all files."""
+    if self._first:
+      for file in self._files.values():
+        file.close()
+      self._board.close()
+
+  def _full(self, error: OSError) -> DiskError:
+    return DiskError(f"metrics cannot be written to {self._path} ({error.strerror}); free space "
+                     "and start again: the run goes on from the newest checkpoint")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The rows of a jsonl file; a last line that was cut off by a kill is left out."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      break
+  return rows
+
+
+def _cut(path: Path, step: int) -> None:
+  if path.exists():
+    lines = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= step]
+    write_atomically(path, "".join(lines))
+
+
+def row_of(numbers: Numbers, sources: list[str], flat: dict[str, np.ndarray]) -> dict[str, Any]:
+  """The deterministic row of one step.
+
+  Args:
+    numbers: what the step reported, on the host.
+    sources: names, sorted.
+    flat: this host's batch.
+  """
+  row: dict[str, Any] = {"loss": float(numbers.total)}
+  for objective, losses in numbers.losses.items():
+    for index, name in enumerate(sources):
+      weight = float(numbers.weights[objective][index])
+      if weight > 0:
+        row[f"loss/{objective}/{name}"] = float(losses[index])
+        row[f"weight/{objective}/{name}"] = weight
+  row |= {"grad_norm": float(numbers.grad_norm), "lr": float(numbers.lr)}
+  row |= {name: int(count) for name, count in numbers.used.items()}
+  row |= {f"pairs/{name}": float(count) for name, count in numbers.pairs.items()}
+  return row | {"batch_crc32": checksum(flat)}
+
+
+def checksum(flat: dict[str, np.ndarray]) -> int:
+  """CRC-32 over the names and bytes of this host's batch."""
+  value = 0
+  for path in sorted(flat):
+    value = zlib.crc32(np.ascontiguousarray(flat[path]).reshape(-1).view(np.uint8).data,
+                       zlib.crc32(path.encode(), value))
+  return value
+
+
+class Work:
+  """How much of a step's arithmetic is spent on slots that hold nothing.
+
+  Dense layers cost 2 FLOPs per parameter and slot, three times that with the backward pass: text
+  slots cost the parameters outside tower and connector, an image the tower's and connector's on
+  every patch. Attention costs 4 C H FLOPs per visible pair and layer.
+  """
+
+  def __init__(self, config: ConfigDict, leaves: dict[str, Leaf], shapes: dict[str, Any]):
+    """Reads the parameters and the flat batch from their shapes; `slots` are those of a step."""
+    kinds = {"streams": "tokens", "media": "images"}
+    self.slots = {}  # "tokens/<stream>" and "images/<media>" to slots
+    for path, shape in shapes.items():
+      kind, name, field = path.split("/", 2)
+      if field == "segment_ids":
+        self.slots[f"{kinds[kind]}/{name}"] = math.prod(shape.shape)
+    vision = lambda path: path.split("/")[0] in ("tower", "connector")
+    size = lambda chosen: sum(math.prod(leaf.shape) for path, leaf in leaves.items()
+                              if chosen(path))
+    patches = (config.tower.image_size // config.tower.patch) ** 2
+    # A tied embedding is also the head's matrix; reading rows of it costs nothing.
+    embedding = lambda path: path.endswith("embed/embedding") and not config.llm.tie_embeddings
+    self._cost = {"images": 6 * size(vision) * patches,
+                  "tokens": 6 * size(lambda path: not vision(path) and not embedding(path))}
+    head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
+    self._pair = 3 * 4 * head_dim * config.llm.heads * config.llm.depth
+
+  def fills(self, used: dict[str, int]) -> dict[str, float]:
+    """Share of slots in use, and the share of the dense FLOPs that empty slots cost."""
+    row = {f"fill/{name}": used[name] / total for name, total in self.slots.items() if total}
+    cost = {name: self._cost[name.split("/")[0]] * total for name, total in self.slots.items()}
+    empty = sum(cost[name] * (1 - row[f"fill/{name}"]) for name in cost if f"fill/{name}" in row)
+    return row | {"flops_empty_share": empty / max(sum(cost.values()), 1)}
+
+  def dense(self) -> float:
+    """FLOPs of all dense layers, forward and backward, over every slot of a step, used or not."""
+    return sum(self._cost[name.split("/")[0]] * total for name, total in self.slots.items())
+
+  def attention(self, pairs: float) -> float:
+    """FLOPs of the language model's attention, forward and backward, for so many visible pairs."""
+    return self._pair * pairs
+
+
+class Clock:
+  """Time since the last log: steps, waiting for data, and what was useful."""
+
+  def __init__(self):
+    self.reset()
+
+  def reset(self) -> None:
+    """Starts a new stretch."""
+    self._start, self._steps, self._wait = time.perf_counter(), 0, 0.0
+
+  def step(self, waited: float) -> None:
+    """Counts one step that waited so many seconds for its batch."""
+    self._steps += 1
+    self._wait += waited
+
+  def row(self, used: dict[str, int], pair_flops: float) -> dict[str, float]:
+    """Rates of the stretch, taking its last step as typical; resets."""
+    seconds = max(time.perf_counter() - self._start, 1e-9)
+    steps = max(self._steps, 1)
+    row = {"step_seconds": seconds / steps, "data_wait_share": self._wait / seconds,
+           "attention_flops_per_second": pair_flops * steps / seconds}
+    row |= {f"{name}/second": count * steps / seconds for name, count in used.items()}
+    self.reset()
+    return row
+
+
+class Progress:
+  """A line that is rewritten on a terminal, a line per log otherwise; only the first host talks."""
+
+  def __init__(self, total: int, stream: TextIO | None = None):
+    self._stream = stream or sys.stdout
+    self._total = total
+    self.start(0)
+    self._quiet = jax.process_index() != 0
+    self._terminal = self._stream.isatty()
+    self._open = False
+
+  def start(self, step: int) -> None:
+    """Starts the clock of the estimate behind `step`."""
+    self._start, self._began = step, time.perf_counter()
+
+  def say(self, text: str) -> None:
+    """One whole line, whatever is on the terminal."""
+    if not self._quiet:
+      print(("\n" if self._open else "") + text, file=self._stream, flush=True)
+      self._open = False
+
+  def step(self, step: int, row: dict[str, Any], timing: dict[str, Any]) -> None:
+    """The numbers of a logged step."""
+    if self._quiet:
+      return
+    left = (time.perf_counter() - self._began) / max(step - self._start, 1) * (self._total - step)
+    rate = sum(value for name, value in timing.items()
+               if name.startswith("tokens/") and name.endswith("/second"))
+    text = (f"step {step}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"grad {row['grad_norm']:.3f}  {1e3 * timing['step_seconds']:.0f} ms/step  "
+            f"{rate:,.0f} tokens/s  data wait {100 * timing['data_wait_share']:.0f}%  "
+            f"left {duration(left)}")
+    if self._terminal:
+      done = int(20 * step / self._total)
+      bar = f"[{'#' * done}{'.' * (20 - done)}] "
+      print(f"\r\x1b[K{bar}{text}", end="", file=self._stream, flush=True)
+      self._open = True
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    """Ends an open line."""
+    if self._open:
+      print(file=self._stream, flush=True)
+      self._open = False
+
+
+def duration(seconds: float) -> str:
+  """Seconds as 1h02m, 3m04s or 5s."""
+  whole = int(seconds)
+  if whole >= 3600:
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+  return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
