@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("before a checkpoint", "inside a checkpoint", "any moment")
+MARK = "VLM_JAX_KILL_RESUME"  # in the environment of a run's processes: finds those it left behind
 TRAIN = "import sys; from vlm_jax.cli.main import main; sys.exit(main())"
 
 
@@ -30,7 +31,7 @@ class Process:
   def __init__(self, command: list[str], workdir: Path):
     self.workdir, self.lines = workdir, []
     self._process = subprocess.Popen(
-      command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+      command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", MARK: str(workdir)}, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     self._reader = threading.Thread(target=self._read, daemon=True)
     self._reader.start()
@@ -43,7 +44,7 @@ class Process:
   def running(self) -> bool:
     return self._process.poll() is None
 
-  def says(self, start: str, timeout: float = 120) -> bool:
+  def says(self, start: str, timeout: float = 600) -> bool:
     """Waits for a line with this start; False if the process ends first."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -62,7 +63,7 @@ class Process:
   def send(self, number: int) -> None:
     self._process.send_signal(number)
 
-  def wait(self, timeout: float = 120) -> int:
+  def wait(self, timeout: float = 600) -> int:
     code = self._process.wait(timeout)
     self._reader.join(5)
     return code
@@ -121,6 +122,23 @@ def run_killed(command: list[str], workdir: Path, kinds: list[str], seed: int,
   return hits
 
 
+def left_behind(workdir: Path, seconds: float = 10) -> list[int]:
+  """Processes of a run that still live (Linux); they get some seconds to notice the kill."""
+  mark = f"{MARK}={workdir}\0".encode()
+  end = time.monotonic() + seconds
+  while True:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+      try:
+        if mark in (folder / "environ").read_bytes():
+          found.append(int(folder.name))
+      except OSError:
+        continue  # ended meanwhile, or not ours
+    if not found or time.monotonic() > end:
+      return found
+    time.sleep(0.2)
+
+
 def differences(one: Path, other: Path) -> list[str]:
   """What two finished runs differ in: log, newest checkpoint's arrays and data position."""
   found = []
@@ -175,6 +193,7 @@ def main() -> int:
       for hit in hits:
         print(f"  workers={workers}: killed {hit}")
       found = differences(clean, workdir)
+      found += [f"process {number} left behind" for number in left_behind(workdir)]
       inside = sum("writing: True" in hit for hit in hits)
       print(f"workers={workers}: {len(hits)} kills, {inside} inside a checkpoint write; "
             f"{'DIFFERENT: ' + ', '.join(found) if found else 'bit for bit the same'}", flush=True)

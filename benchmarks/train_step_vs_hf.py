@@ -4,8 +4,7 @@ Same sizes, same weights (ours are exported and loaded by transformers), same pa
 all cores on both sides: forward, backward, AdamW. The losses of the first steps must agree to 1e-4
 before anything is timed. Theirs is the fastest of eager attention, sdpa, and sdpa under
 torch.compile, with the fused AdamW. `padded` is ours on that batch; `packed` is ours on the same
-documents packed into fewer rows of the same length: one step does all the useful work of a padded
-step.
+documents packed into fewer rows: one step does all the useful work of a padded step.
 
 The last line is JSON:
   padded_ratio   seconds of their fastest step / seconds of our padded step, null when contended
@@ -26,8 +25,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import tempfile
 from collections.abc import Callable
 
-import jax
 import numpy as np
+import ours
 import protocol
 import torch
 import transformers
@@ -36,14 +35,9 @@ from ml_collections import ConfigDict
 from vlm_jax.configs import base
 from vlm_jax.convert import llava
 from vlm_jax.core import fusion
-from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.layout import Layout
-from vlm_jax.data.pack import Packer, padded
-from vlm_jax.train import optimizer as optimizers
-from vlm_jax.train import state as states
-from vlm_jax.train import step as steps
 
 DOCUMENTS = 16  # of one image each
 ROW = 256  # slots of a row
@@ -51,8 +45,8 @@ TEXT = (16, ROW - 64)  # tokens of text per document, uniform
 CHECKED = 3  # steps whose losses must agree
 
 
-def get_config(rows: int, images: int) -> ConfigDict:
-  """The model and optimizer, with the batch of `rows` rows of `images` images."""
+def get_config() -> ConfigDict:
+  """The model, the optimizer, and a batch of one document a row."""
   config = base.get_config()
   config.fusion.update(name="concat", image_attention="causal")
   config.tower.update(width=192, depth=4, mlp=768, heads=3, patch_bias=True, post_norm=False,
@@ -61,7 +55,7 @@ def get_config(rows: int, images: int) -> ConfigDict:
                     tie_embeddings=True)
   with config.data.sources.unlocked():
     config.data.sources.text = base.source(name="text")
-  config.data.update(rows=rows, tokens=ROW, images=images)
+  config.data.update(rows=DOCUMENTS, tokens=ROW, images=1)
   config.optim.update(lr=1e-3, schedule="constant", warmup=1, clip=0.0, decay_pattern=".*")
   config.mesh.update(data=1)
   return config
@@ -80,47 +74,16 @@ def documents(config: ConfigDict) -> list[Encoded]:
   return result
 
 
-def pack(layouts: list[Layout], config: ConfigDict, one_a_row: bool) -> dict[str, np.ndarray]:
-  """The flat batch of all layouts.
-
-  Raises:
-    ValueError: they do not fit.
-  """
-  module = fusion.find_fusion(config)
-  axes = module.axes(config)
-  packer = Packer(module.fields(config), padded(axes) if one_a_row else axes, config.data.rows)
-  packer.add(layouts)
-  return packer.build().arrays
-
-
-def packed_config(layouts: list[Layout]) -> ConfigDict:
-  """The config with as few rows as hold all layouts."""
-  for rows in range(1, DOCUMENTS + 1):
-    config = get_config(rows, images=-(-DOCUMENTS // rows) + 1)
+def fewer_rows(layouts: list[Layout]) -> ConfigDict:
+  """The config with as few rows of twice the length as hold all layouts."""
+  for rows in range(1, DOCUMENTS):
+    config = ours.resized(get_config(), rows, 2 * ROW, images=-(-DOCUMENTS // rows) + 1)
     try:
-      pack(layouts, config, one_a_row=False)
+      ours.pack(layouts, config)
     except UsageError:
       continue
     return config
-  raise ValueError("some document is longer than a row")
-
-
-class Ours:
-  """Our train step on one batch; calling it makes a step and gives the loss."""
-
-  def __init__(self, config: ConfigDict, flat: dict[str, np.ndarray]):
-    module, mesh = fusion.find_fusion(config), mesh_lib.make_mesh(config)
-    init, leaves = states.initializer(module, config)
-    optimizer = optimizers.make_optimizer(config, module.STAGES, leaves)
-    abstract = states.abstract_state(leaves, optimizer.init, mesh)
-    self.state = states.create(init, optimizer.init, abstract, config.seed)
-    self.flat = steps.place(flat, mesh)
-    self.step = steps.make_step(config, module, optimizer, mesh, abstract)
-
-  def __call__(self) -> float:
-    self.state, numbers = self.step(self.state, self.flat)
-    jax.block_until_ready(self.state)
-    return float(numbers.total)
+  raise ValueError("packing saves nothing here")
 
 
 class Theirs:
@@ -167,17 +130,22 @@ def torch_inputs(docs: list[Encoded], config: ConfigDict) -> dict[str, torch.Ten
 def main() -> None:
   """Runs the comparison."""
   torch.set_num_threads(os.cpu_count())
-  config = get_config(rows=DOCUMENTS, images=1)
+  transformers.utils.logging.disable_progress_bar()
+  config = get_config()
   docs = documents(config)
   module = fusion.find_fusion(config)
   layouts = [module.layout(doc, config, np.random.default_rng(0)) for doc in docs]
-  fewer = packed_config(layouts)
-  ours = Ours(config, pack(layouts, config, one_a_row=True))
+  fewer = fewer_rows(layouts)
+  padded, packed = ours.Trainer(config), ours.Trainer(fewer)
+  padded_batch = padded.place(ours.pack(layouts, config, one_a_row=True))
+  packed_batch = packed.place(ours.pack(layouts, fewer))
   sides: dict[str, Callable[[], float]] = {
-    "ours padded": ours, "ours packed": Ours(fewer, pack(layouts, fewer, one_a_row=False))}
+    "ours padded": lambda: padded.step(padded_batch),
+    "ours packed": lambda: packed.step(packed_batch),
+  }
   inputs = torch_inputs(docs, config)
   with tempfile.TemporaryDirectory() as directory:
-    llava.write(f"{directory}/model", config, ours.state.params, config.llm.vocab_size - 1)
+    llava.write(f"{directory}/model", config, padded.state.params, config.llm.vocab_size - 1)
     for name, attention, compiled in (("eager", "eager", False), ("sdpa", "sdpa", False),
                                       ("compiled", "sdpa", True)):
       sides[name] = Theirs(f"{directory}/model", inputs, config, attention, compiled)
@@ -194,6 +162,7 @@ def main() -> None:
 
   timing = protocol.measure(sides)
   useful = int(inputs["attention_mask"].sum())
+  slots = {"padded": DOCUMENTS * ROW, "packed": fewer.data.rows * fewer.data.tokens}
   theirs = ["eager", "sdpa", "compiled"]
   padded_ratio, fastest = protocol.ratio(timing, "ours padded", theirs)
   packed_ratio, _ = protocol.ratio(timing, "ours packed", theirs)
@@ -203,7 +172,7 @@ def main() -> None:
     "tokens_per_s": {name: useful / best[name] for name in sides},
     "images_per_s": {name: DOCUMENTS / best[name] for name in sides},
     "losses": losses, "compile": compile_seconds,
-    "fill": {"padded": useful / (DOCUMENTS * ROW), "packed": useful / (fewer.data.rows * ROW)},
+    "fill": {name: useful / size for name, size in slots.items()},
     **timing,
   }
   protocol.report(

@@ -19,7 +19,7 @@ def run(folder: Path, body: str, *args: str, allowed: str = "") -> subprocess.Co
   (tests / "test_x.py").write_text("import pytest\n" + body)
   (folder / "setup.cfg").write_text("[tool:pytest]\nmarkers =\n  long: x\n")
   return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args],
-                        cwd=folder, capture_output=True, text=True, timeout=60)
+                        cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 SKIP = "def test_a():\n  pytest.skip('no cat')\ndef test_b():\n  pass\n"

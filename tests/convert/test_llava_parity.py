@@ -28,7 +28,8 @@ from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data.pack import Packer
 
-TOLERANCE = 2e-4
+TOLERANCE = 2e-4  # of gradients
+LOGITS = 2e-5  # of logits, whose measured error is at most 5e-6
 FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB = 61
 SHARP = re.compile(r"language_model.*(q_proj|k_proj)|position_emb|fc[12].weight|linear_2.weight")
@@ -195,8 +196,7 @@ def test_logits_and_gradients(reference):
   (loss, logits), grads = step(jax.tree.map(jnp.asarray, reference.params), batch)
   for ours, theirs in zip(pick(logits, reference.where), reference.logits, strict=True):
     assert np.isfinite(ours).all() and ours.std(axis=0).min() > 1e-3
-    assert error(ours, theirs) < TOLERANCE
-    print(f"logits: {error(ours, theirs):.1e}")
+    assert error(ours, theirs) < LOGITS
   assert abs(float(loss) - reference.loss) < TOLERANCE * abs(reference.loss)
 
   ours = {k: t.get() for k, t in table.export(grads, llava.entries(config)).items()}
@@ -267,10 +267,10 @@ def _forward(config, name):
                  compiler_options=FAST)
 
 
-# What each mistake must move, in tolerances. The two kinds of gelu that differ least are 5e-4 apart
-# at their worst argument, which is all that mistake can do.
+# What each mistake must move, in tolerances of logits. The two kinds of gelu that differ least are
+# 5e-4 apart at their worst argument; measured, that moves a logit by 98 tolerances.
 TWINS = {"rope": 100, "layer": 100, "llm_eps": 100, "tower_eps": 100, "quick_gelu": 100,
-         "gelu_tanh": 2, "groups": 100, "mask": 100}
+         "gelu_tanh": 50, "groups": 100, "mask": 100}
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -300,8 +300,8 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
     batch = dataclasses.replace(batch, masks={"text": later})
   logits = _forward(ml_collections.FrozenConfigDict(config), twin == "rope")(params, batch)
   measured = max(map(error, pick(logits, where), one.logits))
-  print(f"{twin}: {measured / TOLERANCE:.1f} tolerances")
-  assert measured > TWINS[twin] * TOLERANCE
+  print(f"{twin}: {measured / LOGITS:.1f} tolerances")
+  assert measured > TWINS[twin] * LOGITS
 
 
 def test_configs_that_are_no_llava(one):

@@ -1,7 +1,7 @@
 """Run by test_contract.py in a process of its own: losses and gradients on 8 devices and on 1.
 
-`--all`: meshes of one axis as well. Prints "ok" with the error for every mesh and strategy; exits with 1 when one is too large, or when a
-broken twin is not.
+`--all`: meshes of one axis as well. Prints "ok" with the error for every mesh and strategy; exits
+with 1 when one is too large, or when a broken twin is not.
 """
 
 import os
@@ -12,17 +12,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax.core import meta  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.sharding import NamedSharding
 
-from tests.fusion import testing as t  # noqa: E402
-from vlm_jax.core import batch as batches  # noqa: E402
-from vlm_jax.core import mesh as mesh_lib  # noqa: E402
-from vlm_jax.core.batch import from_flat  # noqa: E402
-from vlm_jax.core.fusion import find_fusion  # noqa: E402
+from tests.fusion import testing as t
+from vlm_jax.core import batch as batches
+from vlm_jax.core import mesh as mesh_lib
+from vlm_jax.core.batch import from_flat
+from vlm_jax.core.fusion import find_fusion
 
 TOLERANCE = 1e-5
 MESHES = [(2, 2, 2)]  # every axis at once

@@ -1,7 +1,7 @@
 """The contract that every strategy passes; numbers refer to the list of promises it implements.
 
-Numerical tests have a twin that breaks what they test: its error must be 100 times the tolerance, so
-that no test passes because nothing depends on the thing tested.
+Numerical tests have a twin that breaks what they test: its error must be 100 times the tolerance,
+so that no test passes because nothing depends on the thing tested.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from tests.fusion import testing as t
-from vlm_jax.core.batch import Batch, Stream, from_flat
+from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
-from vlm_jax.core.fusion import find_fusion, find_llm
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import IGNORE
-from vlm_jax.core.mask import NEVER, IntervalMask
+from vlm_jax.core.mask import IntervalMask
 
 TOLERANCE = 2e-6  # of the largest logit
 LOUD = 100
@@ -35,7 +35,7 @@ fan_outs = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def made():
-  """Everything about a variant, made once: config, params, documents, flat batch, places, logits."""
+  """All about a variant, made once: config, params, documents, flat batch, places, logits."""
   cache = {}
 
   def make(variant):
@@ -148,7 +148,7 @@ def test_influence_is_the_closure_of_the_mask(variant, made):
 
 
 def picture_document(labels: str) -> Encoded:
-  """The document that a picture's labels describe: i image, s c d predicted, a b c d in branches."""
+  """The document of a picture's labels: i image, s c d predicted, a b c d in branches."""
   rng, parts, index = np.random.default_rng(0), [], 0
   branches = {"a": 1, "b": 2}
   if "c" in labels:
@@ -291,86 +291,7 @@ def test_eight_devices_are_one(meshes, oks):
   assert done.stdout.count("ok") == oks, done.stdout
 
 
-# 9. Prefill and extend are the full forward pass, with rows of different lengths.
-
-
-def ragged(config, fan_out: bool) -> tuple[list, list]:
-  """Documents of two rows and their prompts, which lack the last 4 (predicted) tokens."""
-  rng = np.random.default_rng(5)
-  text = lambda *args: t.tokens(rng, *args)
-  heads = [(t.pixels(rng), text(3)), (text(2), t.pixels(rng), t.pixels(rng), text(5))]
-  if fan_out:
-    heads = [(*head, t.tokens(rng, 3, 1, 1), t.tokens(rng, 2, 0, 2)) for head in heads]
-  tail = lambda: t.tokens(rng, 0, 4, 2 if fan_out else 0)
-  make = lambda parts, row: Encoded(tuple(parts), "pairs", f"row-{row}")
-  prompts = [make(head, row) for row, head in enumerate(heads)]
-  full = [make((*head, tail()), row) for row, head in enumerate(heads)]
-  return t.lay_out(full, config), t.lay_out(prompts, config)
-
-
-def extended_error(config, params, columns_are_indices: bool) -> float:
-  """The error of the logits of prompts and of the tokens after them, against one full pass."""
-  full, prompts = ragged(config, any(s.form == "fan_out" for s in config.data.sources.values()))
-  place = lambda layouts: {
-    path: np.stack([t.alone(layout, config)[path][0] for layout in layouts])
-    for path in t.alone(layouts[0], config)
-  }
-  flat = place(full)
-  expected = t.logits(config, params, flat)
-  run = t.forward_cached(find_fusion(config).Model, t.same_network(config))
-  lengths = np.array([layout.sizes["text"] for layout in prompts])
-  new, columns = 4, t.SLOTS + 4
-  k_index = np.full((2, columns), NEVER, np.int32)
-  for row, length in enumerate(lengths):
-    k_index[row, :length] = np.arange(length)
-    k_index[row, t.SLOTS :] = length + np.arange(new)
-  if columns_are_indices:
-    k_index[:, t.SLOTS :] = t.SLOTS + np.arange(new)
-  whole = mask_of(flat)
-  k_class = None
-  if whole.k_class is not None:
-    tail = [whole.k_class[row, length : length + new] for row, length in enumerate(lengths)]
-    k_class = np.concatenate([mask_of(place(prompts)).k_class, tail], axis=1)
-
-  batch = from_flat(place(prompts))
-  mask = dataclasses.replace(batch.masks["text"], k_index=k_index, k_class=k_class)
-  cache = find_llm(config).empty_cache(config.llm, 2, columns, np.float32)
-  output = run(params, dataclasses.replace(batch, masks={"text": mask}), cache)
-  worst = 0.0
-  for row, length in enumerate(lengths):
-    worst = max(worst, t.error(output.logits()[row, :length], expected[row, :length]))
-  for step in range(new):
-    slots = (lengths + step)[:, None]
-    at = lambda field, slots=slots: np.take_along_axis(np.asarray(field), slots, axis=1)
-    text = from_flat(flat).streams["text"]
-    q_class = None if whole.q_class is None else at(whole.q_class)
-    mask = IntervalMask(at(whole.lo), at(whole.hi), q_class, k_class, k_index)
-    stream = Stream(at(text.tokens), at(text.targets), at(text.fill), at(text.positions),
-                    at(text.segment_ids), at(text.source_ids), {})
-    output = run(params, Batch({"text": stream}, {}, {"text": mask}), output.cache)
-    got = np.asarray(output.logits())[:, 0]
-    worst = max(worst, t.error(got, expected[np.arange(2), slots[:, 0]]))
-  return worst
-
-
-@fan_outs
-def test_prefill_and_extend_is_the_full_pass(variant, made):
-  config, params = made(variant)[:2]
-  assert extended_error(config, params, columns_are_indices=False) < TOLERANCE
-  # Twin: the column of a new token taken for its index, which forgets that prompts are ragged.
-  assert extended_error(config, params, columns_are_indices=True) > LOUD * TOLERANCE
-
-
-@variants
-def test_a_prompt_is_laid_out_as_in_training(variant):
-  config = t.get_config(*variant)
-  for full, prompt in zip(*ragged(config, variant[2]), strict=True):
-    length = prompt.sizes["text"]
-    for path, values in prompt.arrays.items():
-      if path.endswith(("targets", "lm")):
-        continue  # what is not there yet is not predicted
-      part = full.arrays[path] if path.startswith("media") else full.arrays[path][:length]
-      np.testing.assert_array_equal(values, part, err_msg=path)
+# 9 is in test_cache.py.
 
 
 # 12. A gradient reaches exactly the parameters that a stage trains.

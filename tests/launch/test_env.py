@@ -40,7 +40,7 @@ def checkout(tmp_path):
 
 def sh(checkout: Path, script: str, **env) -> subprocess.CompletedProcess:
   return subprocess.run(["bash", "-c", f". launch/env.sh; {script}"], cwd=checkout, text=True,
-                        capture_output=True, timeout=60, env={**os.environ, **env})
+                        capture_output=True, timeout=300, env={**os.environ, **env})
 
 
 MAKE = 'make_env quick quickstart "$PWD/bin/python" -c constraints.txt'

@@ -1,11 +1,11 @@
-"""Killed with SIGKILL at random moments and restarted until done, a run is the run nobody touched."""
+"""Killed with SIGKILL at random moments and restarted until done, a run is as if never touched."""
 
 import sys
 import time
 
 import pytest
 
-from benchmarks.kill_resume import KINDS, Process, differences, run_killed
+from benchmarks.kill_resume import KINDS, Process, differences, left_behind, run_killed
 from vlm_jax.data import prepare
 from vlm_jax.train import metrics
 
@@ -44,6 +44,7 @@ def test_killed_five_times(command, clean, tmp_path, workers):
   print("\n".join(hits))
   assert len(hits) >= 3 and any("writing: True" in hit for hit in hits)
   assert differences(clean, tmp_path) == []
+  assert left_behind(tmp_path) == []
 
 
 def test_differences_twin(clean, command, tmp_path):

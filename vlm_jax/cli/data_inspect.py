@@ -1,7 +1,7 @@
 """Shows what the model is really given: counts, histograms, fill, decoded rows, and their mask.
 
-With --config the first packed steps of a recipe; with --workdir and --step the exact batch that a run
-read in that step (numbered as in its metrics.jsonl: 1 is the first).
+With --config the first packed steps of a recipe; with --workdir and --step the exact batch that a
+run read in that step (numbered as in its metrics.jsonl: 1 is the first).
 """
 
 import argparse

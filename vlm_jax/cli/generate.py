@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                       help="draw from the most likely tokens with this probability together (1)")
   parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
   parser.add_argument("--json", action="store_true",
-                      help="print one JSON object: text, tokens, log_prob, stopped, counts, seconds")
+                      help="print one JSON object: text, tokens, log_prob, counts, seconds")
 
 
 def run(args: argparse.Namespace) -> None:

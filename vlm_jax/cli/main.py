@@ -57,16 +57,17 @@ class Parser(argparse.ArgumentParser):
       UsageError: an unknown flag (with the nearest known one) or a missing value.
     """
     argv, overrides = split_overrides(argv)
-    args, unknown = self.parse_known_args(argv)
-    args.overrides = overrides
     flags = [option for action in self._actions for option in action.option_strings]
     if overrides and "--config" not in flags:
       raise UsageError(f"--config.{overrides[0][0]}: `{self.prog}` takes no config")
-    for token in unknown:
-      if token.startswith("-"):
-        flag = token.split("=")[0]
+    for token in argv:  # before argparse, which would first complain about what is missing
+      flag = token.split("=")[0]
+      if token.startswith("--") and flag not in flags:
         raise UsageError(f"{self.prog} has no flag '{flag}'; {nearest(flag, flags)}")
-      raise UsageError(f"'{token}' is one argument too many; see `{self.prog} --help`")
+    args, unknown = self.parse_known_args(argv)
+    if unknown:
+      raise UsageError(f"'{unknown[0]}' is one argument too many; see `{self.prog} --help`")
+    args.overrides = overrides
     return args
 
 

@@ -59,6 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
       remat="none",  # none, dots, full: what the backward pass recomputes
+      unroll=1,  # layers written out in one iteration of the scan over layers
     )
   )
   config.connector = ConfigDict(
@@ -85,6 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="silu",
       tie_embeddings=True,
       remat="none",
+      unroll=1,
     )
   )
   config.attention = ConfigDict(

@@ -112,10 +112,10 @@ def rot90(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def translate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Shifts by up to an eighth of each side; the edge pixels fill the gap."""
+  """Shifts by up to a sixteenth of each side; the edge pixels fill the gap."""
   height, width = image.shape[:2]
-  down = rng.integers(-(height // 8), height // 8 + 1)
-  right = rng.integers(-(width // 8), width // 8 + 1)
+  down = rng.integers(-(height // 16), height // 16 + 1)
+  right = rng.integers(-(width // 16), width // 16 + 1)
   rows = np.clip(np.arange(height) - down, 0, height - 1)
   columns = np.clip(np.arange(width) - right, 0, width - 1)
   return image[rows][:, columns]

@@ -10,6 +10,7 @@ The rules have quirks that published numbers depend on; they are kept:
 - "none" is the number 0.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -72,6 +73,7 @@ def tidy(text: str) -> str:
   return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@functools.lru_cache(maxsize=4096)  # answers repeat
 def normalise(text: str) -> str:
   """The normal form in which two answers are compared."""
   return digits_and_articles(strip_punctuation(tidy(text)))

@@ -9,6 +9,7 @@ means something only beside them.
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from vlm_jax.generate.prompts import by_length, layouts, stack
 
 BUCKET = 64  # rows are padded to a multiple of this, so that few programs are compiled
 WINDOW = 32  # batches whose prompts are sorted by length together
+
+
+Prompt = tuple[Encoded, Document]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +110,23 @@ def ask(
   count = min(entry.limit or len(documents), len(documents))
   tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
   tally = Tally(entry.source, config.data.bad_limit)
-  pieces = (
-    piece for index in range(count) for piece in cut(documents[index], entry.together)
-  )
-  rows: list[dict] = []
-  while window := list(itertools.islice(pieces, WINDOW * entry.batch)):
-    prompts: list[tuple[Encoded, Document]] = []
-    for document in window:
+
+  def prompts() -> Iterator[Prompt]:
+    for index in range(count):
+      document = documents[index]
+      encode = lambda piece: template.encode_prompt(piece, tokenizer, decode_image)
       try:
-        prompts.append((template.encode_prompt(document, tokenizer, decode_image), document))
+        encoded = [(encode(piece), piece) for piece in cut(document, entry.together)]
         tally.count([])
       except BadExample as error:
         tally.count(Bad(error.reason, document.key))
-    rows += _answers(config, params, entry, tokenizer, prompts)
+        continue
+      yield from encoded
+
+  stream = prompts()
+  rows: list[dict] = []
+  while window := list(itertools.islice(stream, WINDOW * entry.batch)):
+    rows += _answers(config, params, entry, tokenizer, window)
   if not rows:
     raise DataError(f"source '{entry.source}' has no usable question in split '{split}' "
                     f"({tally.examples()}); choose another split")
@@ -134,7 +142,7 @@ def _answers(
   params: Params,
   entry: ConfigDict,
   tokenizer: Tokenizer,
-  prompts: list[tuple[Encoded, Document]],
+  prompts: list[Prompt],
 ) -> list[dict]:
   """The predictions of some prompts, in their order."""
   laid_out = layouts([encoded for encoded, _ in prompts], config)

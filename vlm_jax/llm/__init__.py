@@ -1,0 +1,1 @@
+"""Floor 3: language models, found by module name."""

@@ -1,0 +1,1 @@
+"""Floor 3: vision encoders, found by module name."""

@@ -203,6 +203,7 @@ class Model(nn.Module):
       Block,
       config.depth,
       remat=config.remat,
+      unroll=config.unroll,
       used=None if self.is_initializing() else used,
       config=config,
       implementation=self.attention.implementation,

@@ -183,6 +183,7 @@ def load_params(path: Path, abstract: Params, step: int | None = None) -> tuple[
     UsageError: there is no such checkpoint, or it is of another model.
     DataError: it is damaged.
   """
+  _quiet()
   known = steps(path) if path.is_dir() else []
   if not known or step is not None and step not in known:
     raise UsageError(f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; "

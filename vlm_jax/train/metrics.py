@@ -17,7 +17,6 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from vlm_jax.core.errors import DiskError
 from vlm_jax.train.state import Leaf
@@ -44,7 +43,7 @@ class Writer:
       for name in ("metrics.jsonl", "timing.jsonl"):
         _cut(path / name, step)
       self._files = {name: open(path / name, "a") for name in ("metrics.jsonl", "timing.jsonl")}
-      self._board = SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
+      self._board = _board(path, step)
     except OSError as error:
       raise self._full(error) from error
 
@@ -84,6 +83,19 @@ class Writer:
   def _full(self, error: OSError) -> DiskError:
     return DiskError(f"metrics cannot be written to {self._path} ({error.strerror}); free space "
                      "and start again: the run goes on from the newest checkpoint")
+
+
+def _board(path: Path, step: int) -> Any:
+  """A TensorBoard writer, without the torch that tensorboardX imports where it finds it."""
+  hidden = "torch" not in sys.modules
+  if hidden:
+    sys.modules["torch"] = None  # makes `import torch` an ImportError, which tensorboardX expects
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hidden:
+      del sys.modules["torch"]
+  return SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

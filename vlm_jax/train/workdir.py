@@ -121,7 +121,7 @@ def refuse_changes(frozen: ConfigDict, config: ConfigDict, workdir: Path) -> Non
 
 def write_atomically(path: Path, text: str) -> None:
   """Replaces a file: after a crash it is the old or the new one, never half of one."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary = path.with_name(f".{path.name}.tmp")
   with open(temporary, "w") as file:
     file.write(text)
     file.flush()

@@ -8,6 +8,7 @@ Forms:
   fan_out       one document an image: every question is a branch and is answered as if asked alone
   conversation  one document an image: the questions follow one another
   single        one document a question
+  caption       one document an image: "a red circle", where the answers tell colour and shape
 """
 
 import hashlib
@@ -20,10 +21,12 @@ from vlm_jax.core.document import Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data.sources import Parts, Record
 
-FORMS = ("fan_out", "conversation", "single")
+FORMS = ("fan_out", "conversation", "single", "caption")
 LICENCE = "MIT (Victor Zhou, github.com/vzhou842/easy-VQA)"
 PACKAGE = "easy-vqa"
 VALIDATION = 400  # images
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 def prepare() -> dict[str, Iterable[Record]]:
@@ -86,8 +89,36 @@ def parts(record: Record, form: str) -> list[Parts]:
     Text(pair[0], "user", branch=branch), Text(pair[1], "assistant", loss=True, branch=branch)
   )
   pairs = record["questions"]
+  if form == "caption":
+    caption = _caption(pairs)
+    return [(image, Text(caption, loss=True))] if caption else []
   if form == "single":
     return [(image, *turns(0, pair)) for pair in pairs]
   if form == "conversation":
     return [(image, *(part for pair in pairs for part in turns(0, pair)))]
   return [(image, *(part for k, pair in enumerate(pairs, 1) for part in turns(k, pair)))]
+
+
+def _caption(pairs: list) -> str:
+  """What the questions and answers of an image say about it, "" when they leave something open.
+
+  Only the training split of a run is ever captioned, and only from the answers in that split.
+  """
+  facts = []
+  for words in (COLORS, SHAPES):
+    known = {word for pair in pairs for word in words if _says(pair, word)}
+    if len(known) != 1:
+      return ""
+    facts += known
+  return f"a {' '.join(facts)}"
+
+
+def _says(pair: list, word: str) -> bool:
+  """Whether a question and its answer say that the image shows `word`."""
+  question, answer = pair
+  if answer == word:
+    return True
+  if word not in question.rstrip("?").split():
+    return False
+  negated = not {"no", "not"}.isdisjoint(question.split())
+  return answer not in ("yes", "no") or (answer == "yes") != negated
