@@ -32,7 +32,8 @@ def random_mask(rng: np.random.Generator, rows: int, length: int, policy: str) -
       if policy == "full":
         hi[row, start:end] = end
       if policy == "fan_out":
-        q_class[row, image:end] = k_class[row, image:end] = 1 + (index[image - start :] - image) // 5
+        q_class[row, image:end] = 1 + (index[image - start :] - image) // 5
+        k_class[row, image:end] = q_class[row, image:end]
       if policy == "cut":  # images see themselves and text, text sees everything
         k_class[row, start:image] = q_class[row, start:image] = 1 + start
         q_class[row, image:end:2] = -1

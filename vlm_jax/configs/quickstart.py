@@ -5,10 +5,11 @@ circle", said by the training answers), and the Python manual as text-only docum
 are what teaches the shapes: a question asks for the shape itself only once in eight times, and
 without captions the model stays at colours for twice as long. Arguments, joined by commas:
 
-  debug      seconds: few steps, a few test pictures; its numbers mean nothing
-  blind      control: trained and tested without the picture
-  text_only  control: the text-only half of every step alone
-  image_only control: the pictures alone
+  debug         seconds: few steps, a few test pictures; its numbers mean nothing
+  blind         control: trained and tested without the picture
+  text_only     control: the text windows of every step alone
+  image_only    control: the pictures alone
+  conversation  the questions of a picture as one causal chat instead of a fan-out document
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError, nearest
 
 TEXT_WINDOWS = 8  # windows of text in a step of the mix, on average
-WORDS = ("debug", "blind", "text_only", "image_only")
+WORDS = ("debug", "blind", "text_only", "image_only", "conversation")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -54,13 +55,13 @@ def get_config(arg: str = "") -> ConfigDict:
     name="easy_vqa", form="fan_out", ratio=1, augment=augment)
   config.data.sources.captions = base.source(
     name="easy_vqa", form="caption", ratio=2, augment=augment)
-  config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1, weight=0.2)
+  config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1)
 
   config.optim.lr = 1e-3
   config.optim.b2 = 0.98
   config.optim.weight_decay = 0.05
   config.optim.warmup = 100
-  config.train.steps = 1200
+  config.train.steps = 1400
   config.train.log_every = 100
   config.train.checkpoint_every = 400
 
@@ -77,6 +78,7 @@ def choose(config: ConfigDict, arg: str) -> ConfigDict:
     if word == "blind":
       del config.data.sources["captions"]
       config.data.sources.easy_vqa.images = "none"
+      config.data.tokens = 768  # as many questions a step as the mix, whose rows hold pictures too
       config.evals.easy_vqa.images = "none"
       config.evals.easy_vqa.controls = ()
     elif word == "text_only":
@@ -88,6 +90,10 @@ def choose(config: ConfigDict, arg: str) -> ConfigDict:
       config.data.images = 1
     elif word == "image_only":
       del config.data.sources["pydoc"], config.evals["text"]
+    elif word == "conversation":
+      # Three in four turns can be answered from earlier turns, which the test never shows.
+      config.data.sources.easy_vqa.form = "conversation"
+      config.evals.easy_vqa.form = "single"
     elif word == "debug":
       config.tower.depth = config.llm.depth = config.tower.unroll = config.llm.unroll = 2
       config.train.steps = 6

@@ -37,7 +37,7 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Media:
-  """One image axis, N slots a row: values u8[B,N,Height,Width,3], segment_ids i32[B,N] (0 empty)."""
+  """One image axis of N slots: values u8[B,N,Height,Width,3], segment_ids i32[B,N] (0: empty)."""
 
   values: Array
   segment_ids: Array

@@ -1,13 +1,13 @@
 """What a training example is, before and after its text became tokens.
 
 A `Document` is an ordered tuple of parts: conversations, captions, interleaved pages, few-shot
-prompts and text-only documents are all Documents. `vlm_jax.data.template` turns it into an `Encoded`
-document, in which every token already knows whether it carries loss: nothing is ever re-tokenised
-and counted.
+prompts and text-only documents are all Documents. `vlm_jax.data.template` turns it into an
+`Encoded` document, in which every token already knows whether it carries loss: nothing is ever
+re-tokenised and counted.
 
 Branches make *fan-out* documents: parts of branch 0 are the trunk; parts of branch k > 0 see the
-trunk and their own branch, and none of the siblings. Twenty questions about one image cost the image
-once, and each is answered as if it had been asked alone.
+trunk and their own branch, and none of the siblings. Twenty questions about one image cost the
+image once, and each is answered as if it had been asked alone.
 """
 
 import dataclasses

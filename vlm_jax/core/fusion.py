@@ -1,4 +1,4 @@
-"""The contract of a strategy file, and how towers, connectors, language models and strategies are found.
+"""The contract of a strategy file, and how strategies, towers, connectors and llms are found.
 
 `config.fusion.name = "prefix_lm"` is the module `vlm_jax/fusion/prefix_lm.py`; a dotted name
 (`mylab.my_fusion`) is the user's own module. There is no registry.
@@ -158,8 +158,8 @@ def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
   if "." not in name:
     raise UsageError(f"config: no module '{name}' in vlm_jax/{floor}; {nearest(name, known)}")
   if not outside:
-    raise UsageError(f"config: '{name}' is outside vlm_jax; a config read from a checkpoint may only "
-                     "name the user's own modules with --allow-outside")
+    raise UsageError(f"config: '{name}' is outside vlm_jax; a config read from a run directory may "
+                     "only name modules of vlm_jax")
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:

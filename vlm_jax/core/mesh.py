@@ -1,8 +1,8 @@
 """The device mesh and which logical axis of an array lies on which mesh axis.
 
 Modules name the axes of a parameter where they make it ("embed", "heads", ...). `RULES` is the only
-place that knows about devices: FSDP shards "embed" over `fsdp`, tensor parallelism shards heads, mlp
-and vocabulary over `tensor`, rows of a batch lie on `data` and `fsdp`.
+place that knows about devices: FSDP shards "embed" over `fsdp`, tensor parallelism shards heads,
+mlp and vocabulary over `tensor`, rows of a batch lie on `data` and `fsdp`.
 """
 
 import jax

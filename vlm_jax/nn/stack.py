@@ -59,8 +59,8 @@ def run(
     repeats: how many layers have parameters, r.
     remat: "none" saves every activation for the backward pass, "dots" the results of matrix
       products, "full" only the input of each layer.
-    unroll: layers written out in one iteration of the scan. 1 compiles fastest; more spares the copies
-      in and out of the scan's stacked arrays, which a small model on a CPU notices.
+    unroll: layers written out in one iteration of the scan. 1 compiles fastest; more spares the
+      copies in and out of the scan's stacked arrays, which a small model on a CPU notices.
     used: how many of them are computed, from the first; None: all. The others cost nothing and get
       gradient 0. Leave it None while parameters are initialised: a full pass makes them all.
     fields: the layer's attributes, and the run's `name` in compact modules.

@@ -21,21 +21,22 @@ def token_log_likelihoods(hidden: Array, head: Array, targets: Array, chunk: int
     f32[B,T].
   """
   batch, length, width = hidden.shape
-  slots = batch * length
-  chunk = min(chunk, slots)
-  pad = -slots % chunk
-  hidden = jnp.pad(hidden.reshape(slots, width), ((0, pad), (0, 0))).reshape(-1, chunk, width)
-  targets = jnp.pad(targets.reshape(slots), (0, pad)).reshape(-1, chunk)
+  # Cut along T: a chunk holds slots of all rows, so rows on different devices stay there.
+  size = max(1, min(length, chunk // batch))
+  pad = -length % size
+  cut = lambda x: jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+  hidden = cut(jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))))
+  targets = cut(jnp.pad(targets, ((0, 0), (0, pad))))
   head = head.astype(hidden.dtype)
 
   @jax.checkpoint
   def part(hidden, targets):
-    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
   parts = jax.lax.map(lambda args: part(*args), (hidden, targets))
-  return parts.reshape(-1)[:slots].reshape(batch, length)
+  return jnp.moveaxis(parts, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def source_sums(values: Array, source_ids: Array, num_sources: int) -> Array:

@@ -92,8 +92,8 @@ def _check(q: Array, k: Array, v: Array, mask: IntervalMask) -> None:
   if k.shape != v.shape:
     raise ValueError(f"attention: k and v must have one shape, got {k.shape} and {v.shape}")
   if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-    raise ValueError("attention: q [B,T,H,C] and k [B,S,G,C] need equal B and C and H a multiple of "
-                     f"G, got {q.shape} and {k.shape}")
+    raise ValueError("attention: q [B,T,H,C] and k [B,S,G,C] need equal B and C and H a multiple "
+                     f"of G, got {q.shape} and {k.shape}")
   for name in ("lo", "hi", "q_class", "k_class", "k_index"):
     field = getattr(mask, name)
     expected = (q.shape[0], k.shape[1] if name.startswith("k") else q.shape[1])

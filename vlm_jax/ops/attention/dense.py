@@ -1,4 +1,4 @@
-"""Attention with the whole T x S matrix: the oracle, and the fastest for short rows and decoding."""
+"""Attention with the whole T x S matrix: the oracle, and fastest for short rows and decoding."""
 
 import jax
 import jax.numpy as jnp

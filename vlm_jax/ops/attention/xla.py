@@ -5,9 +5,9 @@ good choice on CPUs and a fallback elsewhere. Algorithm: FlashAttention-2 (arXiv
 algorithms 1 and 2, over a compacted list of blocks.
 
 Inside, rows are grouped by key/value group: [blocks, B, G, (H/G) * block, C], so a block of queries
-of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop step
-takes one query block of every row of the batch and, in each row, that row's next active key block:
-rows stay side by side, which keeps all cores (or devices, when rows are sharded) busy.
+of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop
+step takes one query block of every row of the batch and, in each row, that row's next active key
+block: rows stay side by side, so sharded rows stay on their devices.
 """
 
 import functools
@@ -96,7 +96,7 @@ def _pairs(query: IntervalMask, key: IntervalMask) -> IntervalMask:
 
 
 def _logits(q, k, mask: IntervalMask, kind: Array, scale: float) -> Array:
-  """f32[B,G,R*block_q,block_k], masked; kind i8[B]: of the block in each row, EMPTY sees nothing."""
+  """f32[B,G,R*block_q,block_k], masked; kind i8[B] of the block in each row, EMPTY: unseen."""
   logits = jnp.einsum("bgqc,bgsc->bgqs", q, k, preferred_element_type=jnp.float32) * scale
 
   def masked(logits):
