@@ -17,7 +17,8 @@ bin=.venv/test/bin
 say "lint"
 "$bin/ruff" check .
 say "tests"
-"$bin/python" -m pytest "$@"
+# A process a core: compiling, most of the time, uses one. Files stay whole, they share programs.
+"$bin/python" -m pytest -n auto --dist loadfile "$@"
 
 if [ $# -gt 0 ] && [ "$*" != "--full" ]; then
   exit 0
