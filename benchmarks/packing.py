@@ -37,7 +37,7 @@ from vlm_jax.data import draw, prepare
 from vlm_jax.data.bad import Bad
 from vlm_jax.data.pack import Packer
 
-CYCLES = 100
+CYCLES = 200  # steps of a bucket that are not full then cost bucketed less than a tenth
 BUCKET = 32
 Step = tuple[ConfigDict, dict[str, np.ndarray]]
 

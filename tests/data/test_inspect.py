@@ -37,14 +37,14 @@ def test_rebuilds_the_batch_of_a_step(config, tmp_path):
     states.append(loader.state())
     batches.append(next(loader)[0])
   same = lambda one, other: all(np.array_equal(one[path], other[path]) for path in one)
-  assert same(inspect.batch_at(config, 4)[0], batches[4])
-  assert same(inspect.batch_at(config, 4, states[2], 2)[0], batches[4])
-  assert not same(inspect.batch_at(config, 3)[0], batches[4])
+  assert same(inspect.batch_at(config, 5)[0], batches[4])
+  assert same(inspect.batch_at(config, 5, states[2], 3)[0], batches[4])
+  assert not same(inspect.batch_at(config, 4)[0], batches[4])
   with pytest.raises(UsageError, match="earlier checkpoint"):
-    inspect.batch_at(config, 1, states[2], 2)
+    inspect.batch_at(config, 2, states[2], 3)
   (tmp_path / "config.json").write_text(config.to_json_best_effort())
-  text = inspect.inspect_step(str(tmp_path), 4, examples=1)
-  assert "step 4 of" in text and "row 0, document 1" in text
+  text = inspect.inspect_step(str(tmp_path), 5, examples=1)
+  assert "step 5 of" in text and "row 0, document 1" in text
 
 
 def test_histogram():

@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.data import inspect
 
   if config is None:
-    print(inspect.inspect_step(args.workdir, args.step - 1, **show))
+    print(inspect.inspect_step(args.workdir, args.step, **show))
   else:
     print(inspect.inspect(config, steps=args.steps, **show))

@@ -168,20 +168,20 @@ def draw_rows(batch: Flat, rows: int) -> Image.Image:
   return canvas
 
 
-def batch_at(config: ConfigDict, step: int, start: dict | None = None, start_step: int = 0
+def batch_at(config: ConfigDict, step: int, start: dict | None = None, start_step: int = 1
              ) -> tuple[Flat, dict]:
-  """The exact batch that training read as step `step` (0 is the first).
+  """The exact batch that training read as step `step` (1 is the first, as in metrics.jsonl).
 
   Args:
     config: the frozen config of the run.
-    step: which step.
+    step: which step, from 1.
     start: a saved data state at or before it, None to pack every step from the beginning.
     start_step: the step that `start` makes next.
 
   Raises:
     UsageError: `start_step` is behind `step`.
   """
-  if not 0 <= start_step <= step:
+  if not 1 <= start_step <= step:
     raise UsageError(f"step {step} cannot be rebuilt from a position at step {start_step}; start "
                      "from an earlier checkpoint")
   config = config.copy_and_resolve_references()
@@ -196,7 +196,7 @@ def batch_at(config: ConfigDict, step: int, start: dict | None = None, start_ste
     loader.close()
 
 
-def inspect_step(workdir: str, step: int, start: dict | None = None, start_step: int = 0,
+def inspect_step(workdir: str, step: int, start: dict | None = None, start_step: int = 1,
                  examples: int = 3, rows: int = 2, picture: str = "", outside: bool = False) -> str:
   """Describes the exact batch that a run read as step `step`; see `batch_at` and `inspect`.
 
