@@ -1,7 +1,7 @@
 """13. The mechanism learns what it is for, and its control does not.
 
-A 2 x 2 grid of four colours; the question names a cell, the answer is the cell's colour. Without the
-picture a quarter of the answers can be guessed.
+A 2 x 2 grid of four colours; the question names a cell, the answer is the cell's colour. Without
+the picture a quarter of the answers can be guessed.
 """
 
 import jax
@@ -31,7 +31,7 @@ def grid_config(name: str, fan_out: bool):
 
 
 def document(rng, fan_out: bool, number: int, shown: np.ndarray | None = None) -> Encoded:
-  """A grid and a question about one cell (fan-out: about every cell); `shown` replaces the picture."""
+  """A grid and a question about one cell (fan-out: about all); `shown` replaces the picture."""
   colors = rng.integers(0, COLORS, CELLS)
   picture = PALETTE[colors if shown is None else shown].reshape(2, 2, 3)
   parts: list = [Pixels(picture.repeat(4, 0).repeat(4, 1))]
