@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                     tie_embeddings=True)
   with config.data.sources.unlocked():
     config.data.sources.text = base.source(name="text")
+  config.tower.unroll, config.llm.unroll = config.tower.depth, config.llm.depth  # fastest here
   config.data.update(rows=DOCUMENTS, tokens=ROW, images=1)
   config.optim.update(lr=1e-3, schedule="constant", warmup=1, clip=0.0, decay_pattern=".*")
   config.mesh.update(data=1)
