@@ -99,7 +99,7 @@ def test_augmentations():
     assert any((one != image).any() for one in made), name
   flipped = {bool((one == image[:, ::-1]).all()) for one in draws("flip")}
   assert flipped == {True, False}
-  edge = np.zeros((8, 8, 3), np.uint8)
+  edge = np.zeros((16, 16, 3), np.uint8)
   edge[:, 0] = 9  # the edge is repeated where the shift leaves a gap
   shifted = [images.translate(edge, np.random.default_rng(i)) for i in range(20)]
   assert {int((one[0, :, 0] == 9).sum()) for one in shifted} == {0, 1, 2}

@@ -206,9 +206,26 @@ def test_every_form_writes_documents(root, name):
   for form in source.FORMS:
     assert source.parts(record, form)
   if name == "easy_vqa":
-    fan_out, talk, single = (source.parts(record, form) for form in source.FORMS)
+    fan_out, talk, single, caption = (source.parts(record, form) for form in source.FORMS)
     count = len(record["questions"])
     assert len(fan_out) == len(talk) == 1 and len(single) == count
     assert [part.branch for part in fan_out[0][1::2]] == list(range(1, count + 1))
     assert {part.branch for part in talk[0][1:]} == {0}
     assert len(talk[0]) == len(fan_out[0]) == 1 + 2 * count
+    assert len(caption) == 1 and caption[0][1].text.startswith("a ") and caption[0][1].loss
+
+
+@pytest.mark.parametrize(
+  "pairs, caption",
+  [
+    ([["what color is the shape?", "teal"], ["what shape is present?", "circle"]], "a teal circle"),
+    ([["what is the red shape?", "triangle"]], "a red triangle"),
+    ([["is there not a red circle?", "no"]], "a red circle"),
+    ([["is a red shape present?", "no"], ["what shape is present?", "circle"]], ""),
+    ([["is no blue shape present?", "yes"], ["is there a circle?", "yes"]], ""),
+    ([["what is the red shape?", "triangle"], ["what is the blue shape?", "triangle"]], ""),
+  ],
+)
+def test_captions_say_only_what_the_answers_say(pairs, caption):
+  parts = find_source("easy_vqa").parts({"image": b"", "questions": pairs}, "caption")
+  assert [document[1].text for document in parts] == ([caption] if caption else [])
