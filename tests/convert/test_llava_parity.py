@@ -26,6 +26,7 @@ from vlm_jax.core import fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
 TOLERANCE = 2e-4  # of gradients
@@ -292,8 +293,8 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
   elif twin == "gelu_tanh":
     config.connector.activation = "gelu_tanh"
   elif twin == "groups":
-    flat, path = table.flatten(params), "llm/layers/attention/key/kernel"
-    params = table.unflatten(flat | {path: flat[path][:, :, ::-1]})
+    flat, path = flatten(params), "llm/layers/attention/key/kernel"
+    params = unflatten(flat | {path: flat[path][:, :, ::-1]})
   elif twin == "mask":
     mask = batch.masks["text"]
     later = dataclasses.replace(mask, hi=mask.hi + 1)

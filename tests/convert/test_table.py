@@ -8,6 +8,7 @@ import pytest
 
 from vlm_jax.convert import safetensors_io, table
 from vlm_jax.core.errors import DataError, DiskError
+from vlm_jax.core.tree import flatten, unflatten
 
 KEYS = (
   ("embed", "tokens.weight", "copy"),
@@ -39,7 +40,7 @@ def params(seed=0, dtype=np.float32):
 
 def exported(flat):
   entries = table.entries(PARTS, SHAPES)
-  tensors = table.export(table.unflatten(flat), entries)
+  tensors = table.export(unflatten(flat), entries)
   return entries, Tensors({key: tensor.get() for key, tensor in tensors.items()})
 
 
@@ -69,9 +70,9 @@ def test_export_import_is_the_identity_and_keeps_the_dtype(tmp_path, dtype):
   for number, shard_bytes in enumerate((10**9, 200)):
     directory = tmp_path / str(number)
     directory.mkdir()
-    safetensors_io.write(directory, table.export(table.unflatten(flat), entries), shard_bytes)
+    safetensors_io.write(directory, table.export(unflatten(flat), entries), shard_bytes)
     with safetensors_io.Reader(directory) as reader:
-      back = table.flatten(table.load(reader, entries))
+      back = flatten(table.load(reader, entries))
     assert set(back) == set(flat)
     for path, array in flat.items():
       assert back[path].dtype == array.dtype

@@ -11,6 +11,7 @@ from vlm_jax.configs import base
 from vlm_jax.convert import table
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import Precision
+from vlm_jax.core.tree import flatten
 from vlm_jax.llm import llama
 
 TOLERANCE = 2e-4
@@ -57,7 +58,7 @@ def test_is_their_llama(tie):
     rope_parameters={"rope_type": "default", "rope_theta": 500.0}, tie_word_embeddings=tie,
     attn_implementation="eager",
   )).eval()
-  flat = table.flatten(params["params"])
+  flat = flatten(params["params"])
   shapes = {path: leaf.shape for path, leaf in flat.items()}
   leaves = table.export(params["params"], table.entries([("", "", llama.KEYS)], shapes))
   state = {key: torch.tensor(np.ascontiguousarray(leaf.get())) for key, leaf in leaves.items()}

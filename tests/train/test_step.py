@@ -9,6 +9,7 @@ from tests.train import tiny_fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mesh import make_mesh
+from vlm_jax.core.tree import flatten
 from vlm_jax.train import state as state_lib
 from vlm_jax.train.optimizer import make_optimizer
 from vlm_jax.train.step import make_step, place
@@ -93,7 +94,7 @@ def test_frozen_parameters_keep_their_bits(config):
   before, _ = run(config, [])
   after, _ = run(config, [tiny_fusion.batch(config, index) for index in range(3)])
   changed = {}
-  old, new = state_lib.flatten(before.params), state_lib.flatten(after.params)
+  old, new = flatten(before.params), flatten(after.params)
   for path in old:
     differs = old[path].view(np.uint32) != new[path].view(np.uint32)
     changed[path] = differs.reshape(len(differs), -1).any(1)

@@ -41,6 +41,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
   """
   from vlm_jax.core.fusion import find_fusion
   from vlm_jax.core.mesh import make_mesh
+  from vlm_jax.core.tree import flatten
   from vlm_jax.train import state as states
   from vlm_jax.train.metrics import Work
   from vlm_jax.train.optimizer import make_optimizer
@@ -49,7 +50,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
   _, leaves = states.initializer(module, config)
   optimizer = make_optimizer(config, module.STAGES, leaves)
   batch = states.abstract_batch(module, config, mesh)
-  moved = set(states.flatten(optimizer.select(states.abstract_params(leaves, mesh))))
+  moved = set(flatten(optimizer.select(states.abstract_params(leaves, mesh))))
   data = measure(config)
   return {
     "fusion": config.fusion.name,

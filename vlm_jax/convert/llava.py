@@ -19,6 +19,7 @@ from vlm_jax.convert import safetensors_io, table
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion
 from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
 # One system, three spellings: files written by transformers 4, the names in memory of transformers
@@ -182,7 +183,7 @@ def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
   module = fusion.find_fusion(config)
   row = batches.from_flat(batches.empty(module.fields(config), module.axes(config), rows=1))
   init = lambda: meta.unbox(module.Model(config).init(jax.random.key(0), row))["params"]
-  return {path: leaf.shape for path, leaf in table.flatten(jax.eval_shape(init)).items()}
+  return {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
 
 
 def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:

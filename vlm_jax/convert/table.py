@@ -21,6 +21,7 @@ import numpy as np
 
 from vlm_jax.convert.safetensors_io import Tensor
 from vlm_jax.core.errors import DataError
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 
 LISTED = 8  # keys named in an error message
@@ -196,27 +197,6 @@ def export(params: Params, table: list[Entry]) -> dict[str, Tensor]:
     return Tensor(nbytes, lambda: get(entry))
 
   return {entry.key: tensor(entry) for entry in table}
-
-
-def flatten(tree: Params, prefix: str = "") -> dict:
-  """Nested dict to {"a/b/c": leaf}."""
-  flat = {}
-  for name, node in tree.items():
-    path = f"{prefix}{name}"
-    flat.update(flatten(node, path + "/") if isinstance(node, dict) else {path: node})
-  return flat
-
-
-def unflatten(flat: Mapping) -> Params:
-  """{"a/b/c": leaf} to a nested dict."""
-  tree: Params = {}
-  for path, leaf in flat.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return tree
 
 
 def renamer(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from vlm_jax.core.layout import Field
 from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.tree import unflatten
 from vlm_jax.core.typing import Array
 
 
@@ -55,13 +56,7 @@ class Batch:
 
 def from_flat(flat: dict[str, Array]) -> Batch:
   """Builds a Batch from paths to arrays: "streams/text/tokens", "media/images/values", ..."""
-  tree: dict = {}
-  for path, array in flat.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = array
+  tree = unflatten(flat)
   make = lambda cls, nodes: {name: cls(**node) for name, node in nodes.items()}
   return Batch(
     streams=make(Stream, tree.get("streams", {})),

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import NumericsError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
+from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 from vlm_jax.train import metrics as metrics_lib
 from vlm_jax.train import state as state_lib
@@ -162,7 +163,7 @@ class Run:
       row |= {f"{kind}/{name}": number for name, number in sorted(info.get(kind, {}).items())}
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
       return row
-    bad = [path for path, leaf in state_lib.flatten(state.params).items()
+    bad = [path for path, leaf in flatten(state.params).items()
            if not bool(np.isfinite(jax.numpy.sum(leaf)))]
     record = self.path / f"numerics-{step}.json"
     if jax.process_index() == 0:

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Stage
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
-from vlm_jax.train.state import Leaf, flatten, unflatten
+from vlm_jax.train.state import Leaf
 
 SLICE = re.compile(r"\[(-?\d*):(-?\d*)\]")
 Choice = dict[str, np.ndarray]  # path to bool[] (the whole leaf) or bool[L] (layers of it)

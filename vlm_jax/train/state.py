@@ -15,6 +15,7 @@ from vlm_jax.core import batch as batch_lib
 from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Fusion
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 
 
@@ -41,24 +42,6 @@ class Leaf:
   shape: tuple[int, ...]
   dtype: Any
   names: tuple[str | None, ...]
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-  """A nested dict as {"llm/norm/scale": leaf}."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
-  tree: dict = {}
-  for path, leaf in flat.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return tree
 
 
 def merge(params: Params, part: Params) -> Params:
