@@ -2,8 +2,7 @@
 
 3,600 easy-VQA pictures with all their questions, short captions of the same pictures ("a red
 circle", said by the training answers), and the Python manual as text-only documents. The captions
-are what teaches the shapes: a question asks for the shape itself only once in eight times, and
-without captions the model stays at colours for twice as long. Arguments, joined by commas:
+help with the shapes, which few questions ask for directly. Arguments, joined by commas:
 
   debug         seconds: few steps, a few test pictures; its numbers mean nothing
   blind         control: trained and tested without the picture
