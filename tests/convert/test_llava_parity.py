@@ -250,12 +250,10 @@ def one(tmp_path_factory):
   return Reference(0, tmp_path_factory.mktemp("one") / "model")
 
 
-def interleaved(x, positions, theta):
+def interleaved(x, by):
   """Rotary embedding of neighbouring pairs, the layout of Meta's files."""
-  half = x.shape[-1] // 2
-  angle = positions[..., None, None] * theta ** (-jnp.arange(half) / half)
   even, odd = x[..., 0::2], x[..., 1::2]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  cos, sin = (part[:, :, None] for part in by)
   rotated = (even * cos - odd * sin, odd * cos + even * sin)
   return jnp.stack(rotated, axis=-1).reshape(x.shape)
 
@@ -281,7 +279,7 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
   config.attention.implementation = "dense"
   batch, where = our_batch(config)
   if twin == "rope":
-    monkeypatch.setattr("vlm_jax.nn.attention.rope", interleaved)
+    monkeypatch.setattr("vlm_jax.nn.attention.rotate", interleaved)
   elif twin == "layer":
     config.tower.feature_layer = -1
   elif twin == "llm_eps":

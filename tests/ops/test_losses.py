@@ -61,3 +61,25 @@ def test_weights_per_source():
     np.testing.assert_allclose(
       sums[source], np.asarray(weights)[np.asarray(sources) == source].sum(), rtol=1e-6
     )
+
+
+def test_one_row_may_be_all_wanted_and_another_not_at_all():
+  hidden, head, targets, weights, sources = problem()
+  weights = weights.at[0].set(1.0).at[1].set(0.0)
+  for chunk in (2, 6, 100):
+    got = losses.cross_entropy_sums(hidden, head, targets, weights, sources, 3, chunk)
+    np.testing.assert_allclose(got, full(hidden, head, targets, weights, sources), rtol=1e-5)
+  nothing = losses.cross_entropy_sums(hidden, head, targets, weights * 0, sources, 3)
+  np.testing.assert_array_equal(nothing, 0)
+
+
+def test_what_an_unwanted_slot_holds_never_matters():
+  hidden, head, targets, _, _ = problem()
+  wanted = jnp.zeros((2, 13), bool).at[:, 9:11].set(True)
+  hidden = jnp.where(wanted[..., None], hidden, jnp.nan)
+
+  def total(hidden, head):
+    return losses.token_log_likelihoods(hidden, head, targets, wanted, 4).sum()
+
+  value, grads = jax.value_and_grad(total, (0, 1))(hidden, head)
+  assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads)

@@ -82,8 +82,8 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
 
   Returns:
     "documents" {source: in the step}, "tokens" {source: mean slots a document takes, images
-    included}, "fill" {axis: share}, "pairs" {mask: visible pairs inside the intervals}; or a
-    sentence that says why there is no data.
+    included}, "fill" {axis: share}, "pairs" {mask: visible pairs inside the intervals},
+    "predicted": tokens with a loss; or a sentence that says why there is no data.
   """
   import numpy as np
 
@@ -103,17 +103,21 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
     tokens[name] = round(float(mine.sum()) / max(info["documents"].get(name, 0), 1), 1)
   pairs = {path.split("/")[1]: int(np.maximum(batch[path.replace("/lo", "/hi")] - lo, 0).sum())
            for path, lo in batch.items() if path.startswith("masks/") and path.endswith("/lo")}
-  return {"documents": info["documents"], "tokens": tokens, "fill": info["fill"], "pairs": pairs}
+  predicted = sum(int((values > 0).sum()) for path, values in batch.items()
+                  if "/loss_weights/" in path)
+  return {"documents": info["documents"], "tokens": tokens, "fill": info["fill"], "pairs": pairs,
+          "predicted": predicted}
 
 
 def flops(work: Any, data: dict | str) -> dict[str, float]:
-  """FLOPs of one step, both ways: dense layers on every slot, attention on visible pairs.
+  """FLOPs of one step, both ways: dense layers on every slot, attention on visible pairs, the head.
 
-  Without prepared data the attention is left out: how many pairs are visible is in the data.
+  Without prepared data only the layers are there: visible pairs and predictions are in the data.
   """
   row = {"dense": float(work.dense())}
   if isinstance(data, dict):
     row["attention"] = float(work.attention(sum(data["pairs"].values())))
+    row["head"] = float(work.head(data["predicted"]))
   return row | {"total": sum(row.values())}
 
 

@@ -25,10 +25,12 @@ OBJECTIVE = "lm"
 
 @functools.partial(jax.jit, static_argnames="config")
 def log_likelihoods(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Array:
-  """log p(target), f32[B,T], of every slot of a batch."""
+  """log p(target), f32[B,T], of the slots of a batch that have a loss, 0 elsewhere."""
   batch = from_flat(flat)
   output = find_fusion(config).Model(config).apply({"params": params}, batch)
-  return token_log_likelihoods(output.hidden, output.head, batch.streams[STREAM].targets)
+  text = batch.streams[STREAM]
+  wanted = text.loss_weights[OBJECTIVE] > 0
+  return token_log_likelihoods(output.hidden, output.head, text.targets, wanted)
 
 
 def documents(

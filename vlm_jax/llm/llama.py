@@ -17,6 +17,7 @@ from vlm_jax.nn.attention import Attention, Columns, Context, make_context
 from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.mlp import GatedMLP
 from vlm_jax.nn.norms import RMSNorm
+from vlm_jax.ops.rope import rotation
 
 # Ours, theirs (below "model."; lm_head is its sibling), operation: see vlm_jax/convert/table.py.
 KEYS = (
@@ -114,7 +115,6 @@ class Block(nn.Module):
       groups=config.kv_heads,
       head_dim=head_dim(config),
       bias=False,
-      theta=config.rope_theta,
       implementation=self.implementation,
       precision=self.precision,
       name="attention",
@@ -169,10 +169,11 @@ class Model(nn.Module):
       ValueError: a cache with a mask that has no k_index for its columns.
     """
     blocks = (self.attention.block_q, self.attention.block_k)
+    turn = rotation(positions, head_dim(self.config), self.config.rope_theta)
     if cache is None:
-      context, columns = make_context(mask, positions, blocks), None
+      context, columns = make_context(mask, turn, blocks), None
     else:
-      context = make_context(mask, positions, blocks, cache.k.shape[2], cache.length)
+      context = make_context(mask, turn, blocks, cache.k.shape[2], cache.length)
       columns = (cache.k, cache.v)
     x, columns = self.layers(x.astype(self.precision.compute), columns, context)
     if cache is not None:

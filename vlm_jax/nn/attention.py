@@ -10,7 +10,7 @@ from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import Linear
 from vlm_jax.ops.attention import AttentionPlan, attention, make_plan
-from vlm_jax.ops.rope import rope
+from vlm_jax.ops.rope import Rotation, rotate
 
 Columns = tuple[Array, Array]  # keys and values of one layer, f[B,S,G,C] each
 
@@ -23,19 +23,19 @@ class Context:
   Attributes:
     mask: who sees whom; key fields are [B,S] of the cache when there is one.
     plan: its block classification.
-    positions: i32[B,T] for rotary embeddings, or None.
+    rotation: of queries and keys by their positions, or None.
     length: i32[], columns of the cache written so far, or None without a cache.
   """
 
   mask: IntervalMask
   plan: AttentionPlan
-  positions: Array | None = None
+  rotation: Rotation | None = None
   length: Array | None = None
 
 
 def make_context(
   mask: IntervalMask,
-  positions: Array | None,
+  rotation: Rotation | None,
   blocks: tuple[int, int],
   columns: int | None = None,
   length: Array | None = None,
@@ -44,7 +44,7 @@ def make_context(
 
   Args:
     mask: query fields i32[B,T].
-    positions: i32[B,T] or None.
+    rotation: see `ops.rope.rotation`, or None.
     blocks: block sizes of queries and keys.
     columns: S, the columns of the cache, None without one.
     length: i32[], columns written so far.
@@ -58,7 +58,7 @@ def make_context(
     raise ValueError(f"with a cache of {columns} columns mask.k_index must be i32[B,{columns}] "
                      f"(core.mask.NEVER in columns nobody sees), got {got}")
   plan = make_plan(mask, keys, block_q=blocks[0], block_k=blocks[1])
-  return Context(mask, plan, positions, length)
+  return Context(mask, plan, rotation, length)
 
 
 class Attention(nn.Module):
@@ -68,7 +68,6 @@ class Attention(nn.Module):
     heads, groups: H query heads share G key/value groups, H a multiple of G.
     head_dim: C.
     bias: whether the four projections have biases.
-    theta: base of the rotary wavelengths, None: no rotary embedding.
     implementation: see `ops.attention`.
     precision: dtypes.
   """
@@ -77,7 +76,6 @@ class Attention(nn.Module):
   groups: int
   head_dim: int
   bias: bool
-  theta: float | None
   implementation: str
   precision: Precision
 
@@ -92,8 +90,8 @@ class Attention(nn.Module):
     q = project(self.heads, "heads", "query")(x)
     k = project(self.groups, "kv_heads", "key")(x)
     v = project(self.groups, "kv_heads", "value")(x)
-    if self.theta is not None:
-      q, k = (rope(y, context.positions, self.theta) for y in (q, k))
+    if context.rotation is not None:
+      q, k = (rotate(y, context.rotation) for y in (q, k))
     if columns is not None:
       start = (0, context.length, 0, 0)
       k, v = (

@@ -125,7 +125,6 @@ class Block(nn.Module):
       groups=config.heads,
       head_dim=config.width // config.heads,
       bias=True,
-      theta=None,
       implementation=self.implementation,
       precision=self.precision,
       name="attention",

@@ -150,7 +150,8 @@ class Work:
 
   Dense layers cost 2 FLOPs per parameter and slot, three times that with the backward pass: text
   slots cost the parameters outside tower and connector, an image the tower's and connector's on
-  every patch. Attention costs 4 C H FLOPs per visible pair and layer.
+  every patch. The vocabulary's matrix is used where a token is predicted, by no other slot.
+  Attention costs 4 C H FLOPs per visible pair and layer.
   """
 
   def __init__(self, config: ConfigDict, leaves: dict[str, Leaf], shapes: dict[str, Any]):
@@ -165,10 +166,11 @@ class Work:
     size = lambda chosen: sum(math.prod(leaf.shape) for path, leaf in leaves.items()
                               if chosen(path))
     patches = (config.tower.image_size // config.tower.patch) ** 2
-    # A tied embedding is also the head's matrix; reading rows of it costs nothing.
-    embedding = lambda path: path.endswith("embed/embedding") and not config.llm.tie_embeddings
+    # Reading rows of an embedding costs nothing; a tied one is the head's matrix.
+    vocabulary = lambda path: path.endswith(("embed/embedding", "head/kernel"))
     self._cost = {"images": 6 * size(vision) * patches,
-                  "tokens": 6 * size(lambda path: not vision(path) and not embedding(path))}
+                  "tokens": 6 * size(lambda path: not vision(path) and not vocabulary(path))}
+    self._predict = 6 * config.llm.width * config.llm.vocab_size
     head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
     self._pair = 3 * 4 * head_dim * config.llm.heads * config.llm.depth
 
@@ -179,8 +181,12 @@ class Work:
     empty = sum(cost[name] * (1 - row[f"fill/{name}"]) for name in cost if f"fill/{name}" in row)
     return row | {"flops_empty_share": empty / max(sum(cost.values()), 1)}
 
+  def head(self, predicted: float) -> float:
+    """FLOPs of the vocabulary's matrix, forward and backward, for so many predicted tokens."""
+    return self._predict * predicted
+
   def dense(self) -> float:
-    """FLOPs of all dense layers, forward and backward, over every slot of a step, used or not."""
+    """FLOPs of all layers' matrices, forward and backward, on every slot of a step, used or not."""
     return sum(self._cost[name.split("/")[0]] * total for name, total in self.slots.items())
 
   def attention(self, pairs: float) -> float:
