@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Pixels
-from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout, split
 from vlm_jax.data import files, images, records, template, tokenizer
@@ -88,12 +88,15 @@ def open_records(config: ConfigDict, name: str, module: Source, split: str
     raise UsageError(f"{field}.held_out is {entry.held_out}, but its splits are "
                      f"{'its own' if own else 'named in its path'}; set it to 0")
   entry = files.of_split(entry, split)
-  reader = cast(Format, module).reader(entry, split)
+  module = cast(Format, module)
+  reader = module.reader(entry, split)
+  if not len(reader):
+    raise DataError(f"{entry.path} has no records; expected {module.EXPECTS}")
   chosen = (np.arange(len(reader)) if fixed
             else files.share(len(reader), entry.held_out, split, field))
   opened = files.Chosen(reader, chosen)
   files.check_first(opened, lambda record: module.parts(record, module.FORMS[0]), entry.path,
-                    cast(Format, module).EXPECTS)
+                    module.EXPECTS)
   return opened, files.ImageFolder(entry.image_root or os.path.dirname(entry.path))
 
 

@@ -124,9 +124,7 @@ class Chosen(Sequence):
 
 
 def check_first(reader: Sequence, documents: Callable, path: str, expects: str) -> None:
-  """DataError when not one of the first records is of the format; of no record at all, too."""
-  if not len(reader):
-    raise DataError(f"{path} has no records; expected {expects}")
+  """DataError when not one of the first records is of the format."""
   reason = ""
   for index in range(min(FIRST, len(reader))):
     try:

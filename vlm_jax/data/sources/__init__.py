@@ -20,6 +20,7 @@ A *format* (llava_json, webdataset, parquet, ...) opens a user's own files where
                           them, or `held_out` of the records are split "validation"
 """
 
+import pkgutil
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
@@ -73,6 +74,12 @@ def is_format(source: Source) -> bool:
 def find_source(name: str, outside: bool = True) -> Source:
   """The source module called `name`, or a user's own by its dotted name; else UsageError."""
   return cast(Source, find("data.sources", name, outside=outside))
+
+
+def formats() -> list[str]:
+  """The names of the formats that vlm_jax reads."""
+  names = [module.name for module in pkgutil.iter_modules(__path__)]
+  return sorted(name for name in names if is_format(find_source(name)))
 
 
 def folder(name: str) -> str:
