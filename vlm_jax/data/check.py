@@ -15,7 +15,7 @@ from vlm_jax.core.layout import Layout
 from vlm_jax.data import files, inspect, tokenizer
 from vlm_jax.data.bad import KEYS, REASONS, Bad, BadExample
 from vlm_jax.data.draw import Draw
-from vlm_jax.data.pack import Packed, Packer
+from vlm_jax.data.pack import Packer
 from vlm_jax.data.sources import formats
 
 FIELDS = {"conversations": "llava_json", "text_list": "mmc4", "questions": "vqav2",
@@ -72,81 +72,72 @@ def check(config: ConfigDict, name: str, examples: int = 3, limit: int = 0) -> t
     entry, total = config.data.sources[name], len(drawer.records)
     count = min(limit or total, total)
     bad: dict[str, list[Bad]] = {}
-    layouts: list[Layout] = []
     packs = _Packs(config)
     for index in range(count):
       item = drawer((0, index))
       if isinstance(item, Bad):
         bad.setdefault(item.reason, []).append(item)
-        continue
-      for layout in item:
-        packs.add(layout)
-      layouts += item
+      else:
+        for layout in item:
+          packs.add(layout)
     dropped = sum(map(len, bad.values()))
     lines = [f"{entry.path or entry.name}: {entry.name}, {total:,} records of split "
              f"'{entry.split}'" + (f", the first {count:,} read" if count < total else ""),
-             f"{count - dropped:,} records give {len(layouts):,} sequences; {dropped:,} records "
-             "would be dropped"]
+             f"{count - dropped:,} records give {len(packs.slots):,} sequences; "
+             f"{dropped:,} records would be dropped"]
     for reason, items in sorted(bad.items()):
       lines.append(f"  {reason} {len(items):,}: {REASONS[reason]}")
       lines += [f"    {item.key}: {item.detail}" for item in items[:KEYS]]
-    if layouts:
-      lines += packs.describe(layouts, total / count)
-      lines += ["", "[[predicted]] text, and <image:n> for n image slots:",
-                *inspect.show(config, packs.first.arrays, examples)]
+    if packs.slots:
+      first, described = packs.finish(total / count)
+      lines += [*described, "", "[[predicted]] text, and <image:n> for n image slots:",
+                *inspect.show(config, first, examples)]
   return "\n".join(lines), dropped / count
 
 
 class _Packs:
-  """Packs sequences as training does, and keeps count and the first step."""
+  """Packs sequences as training does; holds counts and the first step alone."""
 
   def __init__(self, config: ConfigDict):
     fusion = find_fusion(config)
-    self._config = config
+    self._data = config.data
     self._packer = Packer(fusion.fields(config), fusion.axes(config), config.data.rows)
     self._fills: list[dict[str, float]] = []
-    self._open = False
-    self._first: Packed | None = None
+    self._first: dict[str, np.ndarray] = {}
+    self._predicted = 0
+    self.slots: list[int] = []  # of every sequence
+    self._images: list[int] = []
 
   def add(self, layout: Layout) -> None:
+    """Packs one sequence."""
     if not self._packer.add([layout]):
-      self._close()
+      self._build()
       self._packer.add([layout])
-    self._open = True
+    self.slots.append(layout.sizes["text"])
+    self._images.append(layout.sizes.get("images", 0))
+    self._predicted += sum(int(np.count_nonzero(values)) for path, values in layout.arrays.items()
+                           if "/loss_weights/" in path)
 
-  def _close(self) -> None:
+  def _build(self) -> None:
     packed = self._packer.build()
-    self._first = self._first or packed
+    self._first = self._first or packed.arrays
     self._fills.append(packed.fill)
-    self._open = False
 
-  @property
-  def first(self) -> Packed:
-    """The first packed step."""
-    if self._first is None:
-      self._close()
-    assert self._first is not None
-    return self._first
-
-  def describe(self, layouts: list[Layout], scale: float) -> list[str]:
-    """Histograms, loss and steps; `scale` is all records over those read."""
-    if self._open:
-      self._close()
-    data = self._config.data
-    predicted, slots = 0, sum(layout.sizes["text"] for layout in layouts)
-    for layout in layouts:
-      predicted += sum(int(np.count_nonzero(values)) for path, values in layout.arrays.items()
-                       if "/loss_weights/" in path)
-    fill = {axis: np.mean([one[axis] for one in self._fills]) for axis in self._fills[0]}
-    steps = sum(one["text"] for one in self._fills) / max(fill["text"], 1e-9) * scale
-    return ["slots of a sequence, text and images:",
-            *inspect.histogram([layout.sizes["text"] for layout in layouts]),
-            "images of a sequence:",
-            *inspect.histogram([layout.sizes.get("images", 0) for layout in layouts]),
-            f"predicted: {predicted:,} of {slots:,} slots ({predicted / slots:.1%})",
-            f"one epoch of this source alone: about {steps:,.0f} steps of {data.rows} rows, "
-            f"{data.tokens} slots and {data.images} images each; fill " + ", ".join(
-              f"{axis} {share:.2f}" for axis, share in fill.items())]
+  def finish(self, scale: float) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The first step, and histograms, loss and steps; `scale`: all records over those read."""
+    self._build()
+    *full, last = self._fills  # the last step is not full
+    fill = {axis: np.mean([one[axis] for one in full or [last]]) for axis in last}
+    fullest = max(fill, key=lambda axis: fill[axis])
+    steps = (len(full) + last[fullest] / fill[fullest]) * scale
+    slots, data = sum(self.slots), self._data
+    return self._first, [
+      "slots of a sequence, text and images:", *inspect.histogram(self.slots),
+      "images of a sequence:", *inspect.histogram(self._images),
+      f"predicted: {self._predicted:,} of {slots:,} slots ({self._predicted / slots:.1%})",
+      f"one epoch of this source alone: about {steps:,.1f} steps of {data.rows} rows, "
+      f"{data.tokens} slots and {data.images} images each; fill "
+      + ", ".join(f"{axis} {share:.2f}" for axis, share in fill.items())]
 
 
 def _with_tokenizer(config: ConfigDict, folder: str) -> ConfigDict:
