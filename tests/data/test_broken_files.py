@@ -180,7 +180,7 @@ def test_tars_are_indexed_once_and_again_when_they_change(tmp_path, monkeypatch)
   assert len(TarFile(path, "samples")) == 2
   (tmp_path / "x.tar.index.npz").unlink()
   with monkeypatch.context() as patch:
-    patch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError(13, "ro")))
+    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "read-only")))
     assert len(TarFile(path, "samples")) == 2 and os.listdir(tmp_path) == ["x.tar"]
 
 
