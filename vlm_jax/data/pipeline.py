@@ -42,7 +42,7 @@ def make(config: ConfigDict, start: dict | None = None, process_index: int = 0,
 
   Args:
     config: what to read and how to pack it.
-    start: a `Loader.state()` (or several merged by `merge_states`), None from the beginning.
+    start: a `Loader.state()` (of several hosts, their `core.tree.unite`), None from the beginning.
     process_index, process_count: which hosts' rows of the step to make.
 
   Raises:
@@ -78,15 +78,6 @@ def check(config: ConfigDict, process_count: int = 1) -> None:
   if data.rows % data.shards:
     raise UsageError(f"config.data.rows={data.rows} cannot be divided among config.data.shards="
                      f"{data.shards}; make it a multiple of {data.shards}")
-
-
-def merge_states(states: list[dict]) -> dict:
-  """One state of the states of several hosts; any number of hosts can start from it."""
-  merged = {key: value for key, value in states[0].items() if key != "shards"}
-  merged["shards"] = {}
-  for state in states:
-    merged["shards"] |= state["shards"]
-  return merged
 
 
 def _shard_state(config: ConfigDict, start: dict | None, shard: int) -> dict | None:
