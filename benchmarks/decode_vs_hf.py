@@ -15,7 +15,7 @@ The last line is JSON; for each size, under its name:
   fastest          which of theirs
   tokens_per_s     new tokens per second of every side
   compile          seconds of every side's first call, compilation included
-  seconds, best, matmul, load, contended   see protocol.py, of a whole answer
+  seconds, best, matmul, others, contended   see protocol.py, of a whole answer
 and machine.
 """
 
