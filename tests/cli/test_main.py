@@ -14,7 +14,7 @@ from vlm_jax.core import errors
 @pytest.mark.parametrize("argv,code,sentence", [
   (["trian"], 2, "no command 'trian'; did you mean 'train'?"),
   (["data", "prepair"], 2, "no command 'data prepair'; did you mean 'data prepare'?"),
-  (["data"], 2, "no command 'data'; known: data inspect, data prepare"),
+  (["data"], 2, "no command 'data'; known: data check, data inspect, data prepare"),
   (["train", "--cnofig=x"], 2, "did you mean '--config'?"),
   (["train", "--workdir=w"], 2, "--config"),
   (["train", "--config=nowhere.py", "--workdir=w"], 2, "--config: no file 'nowhere.py'"),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image as PIL
 
 from vlm_jax.core.document import Image, Text
-from vlm_jax.data import images
+from vlm_jax.data import files, images, turns
 
 FORMS = ("all",)
 LICENCE = "none"
@@ -41,6 +41,10 @@ BAD = {
   "unknown_role": dict(role="narrator"),
   "zero_loss": dict(loss=False),
   "does_not_fit": dict(question="why? " * 2000),
+  "wrong_record": dict(row={"answers": "none"}),
+  "image_count": dict(row={"text": "<image> and <image>", "images": [png()]}),
+  "outside_root": dict(named="../picture.png"),
+  "remote_image": dict(named="https://example.org/picture.png"),
 }
 
 
@@ -55,6 +59,10 @@ def texts(record):
 
 
 def parts(record, form):
+  if "row" in record:
+    return turns.documents(record["row"], ("text",))
+  if "named" in record:
+    files.ImageFolder("").read(record["named"])
   data = images.read(record["path"]) if "path" in record else record["image"]
   return [(Image(data), Text(record.get("question", "what is it?"), record.get("role", "user")),
            Text("noise", "assistant", loss=record.get("loss", True)))]

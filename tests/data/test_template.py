@@ -59,6 +59,16 @@ def test_text_and_specials_in_text(words):
   assert words.eos not in encoded.parts[0].ids[1:-1]
 
 
+def test_a_text_that_continues_has_one_mark_and_one_end(words):
+  page = (Text("ab", loss=True), Image(PIXELS), Image(PIXELS), Text("c", loss=True, continues=True))
+  assert golden(encode(words, *page), words) == [
+    "0 0 <bos>[a][b]", "1 image", "1 image", "1 0 [c][<eos>]"]
+  turn = (Text("hi", "user"), Image(PIXELS), Text("so", "user", continues=True),
+          Text("y", "assistant", True))
+  assert golden(encode(words, *turn), words) == [
+    "0 0 <user>hi", "0 image", "0 0 so", "0 0 <assistant>[y][<eos>]"]
+
+
 def test_prompt_ends_with_the_assistant(words):
   prompt = encode(words, Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", loss=True),
                   function=template.encode_prompt)

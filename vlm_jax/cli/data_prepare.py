@@ -1,7 +1,8 @@
 """Writes every source of the mix as ArrayRecord files, trains the tokenizer, writes a manifest.
 
 Does nothing when the folder already holds what is asked for and every sha256 agrees. Interrupted,
-it leaves the old data or none, never half of it.
+it leaves the old data or none, never half of it. Your own files (sources like llava_json) are read
+where they lie: only the tokenizer learns from them.
 """
 
 import argparse
@@ -25,12 +26,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Prepares the data that the flags, else the recipe, else the defaults name."""
   root, sources, vocab_size = args.root, args.sources, args.vocab_size
-  if args.config:
-    config = recipes.read(args)
-    root = root or config.data.root
-    sources = sources or ",".join(sorted({entry.name for entry in config.data.sources.values()}))
-    vocab_size = vocab_size or config.llm.vocab_size
+  config = recipes.read(args) if args.config else None
   from vlm_jax.data import prepare
 
-  sources = sources.split(",") if sources else prepare.SOURCES
-  prepare.prepare(root or "data", sources=sources, vocab_size=vocab_size or 1024)
+  names = sources.split(",") if sources else list(prepare.SOURCES)
+  if config is not None:
+    root, vocab_size = root or config.data.root, vocab_size or config.llm.vocab_size
+    own = prepare.own_sources(config)
+    if not sources:
+      names = sorted({entry.name for name, entry in config.data.sources.items() if name not in own})
+      if config.data.tokenizer and not names:
+        print("nothing to prepare: your own files need only the tokenizer that you named")
+        return
+  prepare.prepare(root or "data", sources=names, vocab_size=vocab_size or 1024, config=config)

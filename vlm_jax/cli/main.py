@@ -22,6 +22,7 @@ COMMANDS = {
   "generate": "vlm_jax.cli.generate",
   "plan": "vlm_jax.cli.plan",
   "data prepare": "vlm_jax.cli.data_prepare",
+  "data check": "vlm_jax.cli.data_check",
   "data inspect": "vlm_jax.cli.data_inspect",
   "quickstart": "vlm_jax.cli.quickstart",
 }

@@ -12,6 +12,10 @@ def source(**overrides) -> ConfigDict:
     dict(
       name="",  # module in vlm_jax/data/sources, or a dotted name of your own
       split="train",  # split the training reads
+      path="",  # formats: your files; "a_{split}.json", "shard-{000..012}.tar" and "*" also work
+      annotations="",  # vqav2: the file of answers
+      image_root="",  # formats: folder that images are named in; "": the folder of `path`
+      held_out=0.0,  # formats: share of the records that is split "validation"
       ratio=1,  # documents of this source in one sampling cycle (whole number)
       weight=1.0,  # lambda of this source's loss: total = sum of weight * sum / sum of weights
       form="",  # how the source writes documents; each source lists its forms

@@ -13,6 +13,10 @@ REASONS = {
   "unknown_role": "a text has a role that the template does not know",
   "zero_loss": "no token of the document would be predicted",
   "does_not_fit": "an image and its turn are longer than one row",
+  "wrong_record": "the record is not what its format says",
+  "image_count": "the text has more or fewer <image> than the record has images",
+  "outside_root": "an image's name leads out of image_root",
+  "remote_image": "images are never fetched from the network: download them, name the files",
 }
 AT_LEAST = 200  # records of a source read before its share of bad ones can stop the run
 KEYS = 5  # example keys kept per reason
@@ -25,7 +29,7 @@ class BadExample(Exception):
     if reason not in REASONS:
       raise ValueError(f"unknown reason '{reason}'; known: {', '.join(REASONS)}")
     super().__init__(f"{reason}: {detail or REASONS[reason]}")
-    self.reason = reason
+    self.reason, self.detail = reason, detail or REASONS[reason]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Bad:
 
   reason: str
   key: str
+  detail: str = ""
 
 
 @dataclasses.dataclass

@@ -10,17 +10,26 @@ import itertools
 import os
 import zlib
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Pixels
-from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout, split
-from vlm_jax.data import images, records, template, tokenizer
+from vlm_jax.data import files, images, records, template, tokenizer
 from vlm_jax.data.bad import Bad, BadExample
-from vlm_jax.data.sources import Parts, choose_form, find_source
+from vlm_jax.data.sources import (
+  Format,
+  Parts,
+  Record,
+  Source,
+  choose_form,
+  find_source,
+  is_format,
+)
 
 POLICIES = ("real", "none", "shuffled")
 
@@ -62,6 +71,35 @@ def image_decoder(config: ConfigDict) -> template.DecodeImage:
   return decode
 
 
+def open_records(config: ConfigDict, name: str, module: Source, split: str
+                 ) -> tuple[Sequence[Record], files.ImageFolder]:
+  """The records of one split, prepared or a user's own, and the folder that images are named in.
+
+  Raises:
+    UsageError: no such split.
+    DataError: a file is missing or damaged, or nothing in it is of the source's format.
+  """
+  entry = config.data.sources[name]
+  if not is_format(module):
+    return records.open_split(config.data.root, entry.name, split), files.ImageFolder("")
+  own, field = getattr(module, "OWN_SPLITS", False), f"config.data.sources.{name}"
+  fixed = own or files.names_split(entry)
+  if fixed and entry.held_out:
+    raise UsageError(f"{field}.held_out is {entry.held_out}, but its splits are "
+                     f"{'its own' if own else 'named in its path'}; set it to 0")
+  entry = files.of_split(entry, split)
+  module = cast(Format, module)
+  reader = module.reader(entry, split)
+  if not len(reader):
+    raise DataError(f"{entry.path} has no records; expected {module.EXPECTS}")
+  chosen = (np.arange(len(reader)) if fixed
+            else files.share(len(reader), entry.held_out, split, field))
+  opened = files.Chosen(reader, chosen)
+  files.check_first(opened, lambda record: module.parts(record, module.FORMS[0]), entry.path,
+                    module.EXPECTS)
+  return opened, files.ImageFolder(entry.image_root or os.path.dirname(entry.path))
+
+
 class Records:
   """The documents of every record of one split, with the image policy applied."""
 
@@ -86,7 +124,7 @@ class Records:
       raise UsageError(f"images of source '{name}' is '{policy}'; {nearest(policy, POLICIES)}")
     self._module = find_source(config.data.sources[name].name, config.outside)
     self._form = choose_form(self._module, form, f"the form of source '{name}'")
-    self._reader = records.open_split(config.data.root, config.data.sources[name].name, split)
+    self._reader, self._folder = open_records(config, name, self._module, split)
     self._policy, self._name, self._split = policy, name, split
     self._shift = 1 + source_seed(config, name) % max(len(self._reader) - 1, 1)
     if policy == "shuffled" and len(self._reader) < 2:
@@ -115,7 +153,21 @@ class Records:
       documents = [_replace(parts, []) for parts in documents]
     key = f"{self._name}/{self._split}/{record['key']}"
     number = lambda i: f"?{i}" if len(documents) > 1 else ""
-    return [Document(parts, self._name, key + number(i)) for i, parts in enumerate(documents)]
+    return [Document(self._read(parts), self._name, key + number(i))
+            for i, parts in enumerate(documents)]
+
+  def count(self, index: int) -> int:
+    """How many documents record `index` has; 1 for a bad one, which says why when it is read."""
+    try:
+      return len(self._module.parts(self._reader[index], self._form))
+    except BadExample:
+      return 1
+
+  def _read(self, parts: Parts) -> Parts:
+    """The parts with the images that are only named read from their folder."""
+    return tuple(Image(self._folder.read(part.data))
+                 if isinstance(part, Image) and isinstance(part.data, str) else part
+                 for part in parts)
 
 
 def _replace(parts: Parts, strangers: list[Image]) -> Parts:
@@ -157,7 +209,7 @@ class Draw:
           layouts.append(self._fusion.layout(piece, self._config, rng))
       return layouts
     except BadExample as error:
-      return Bad(error.reason, self.records.key(index))
+      return Bad(error.reason, self.records.key(index), error.detail)
 
   def _pieces(self, document: Document, rng: np.random.Generator) -> list[Encoded]:
     decode = lambda image: images.augment(self._decode(image), self._augment, rng)
@@ -194,9 +246,13 @@ class Documents(Sequence):
     record = bisect.bisect_right(self.ends, index)
     return self.records[record][index - (self.ends[record - 1] if record else 0)]
 
+  def key(self, index: int) -> str:
+    """A name that finds document `index` again, also when it is bad."""
+    return self.records.key(bisect.bisect_right(self.ends, index))
+
 
 def documents(config: ConfigDict, source_name: str, split: str, form: str = "",
               images: str = "real") -> Documents:
   """The documents of a split for evaluation, in a fixed order; arguments as in `Records`."""
   opened = Records(config, source_name, split, form, images)
-  return Documents(opened, tuple(itertools.accumulate(len(opened[i]) for i in range(len(opened)))))
+  return Documents(opened, tuple(itertools.accumulate(map(opened.count, range(len(opened))))))

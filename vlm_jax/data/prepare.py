@@ -8,23 +8,31 @@ the old data, complete, or no data, and the next start clears the rest away.
 import contextlib
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
+from ml_collections import ConfigDict
+
+from vlm_jax.core.document import Text
 from vlm_jax.core.errors import DataError, DiskError, RetryError, UsageError
-from vlm_jax.data import records, tokenizer
-from vlm_jax.data.sources import Source, find_source, folder
+from vlm_jax.data import draw, files, records, tokenizer
+from vlm_jax.data.bad import BadExample
+from vlm_jax.data.sources import DataSet, find_source, folder, is_format
 
 SOURCES = ("easy_vqa", "pydoc")
+OWN_RECORDS = 100_000  # of a user's own files that the tokenizer learns from, evenly spaced
 TEMPORARY = ".prepare"
 LOCK = ".prepare.lock"
 
 
 def prepare(root: str, sources: Sequence[str] = SOURCES, vocab_size: int = 1024,
-            wait: bool = True, log: Callable[[str], None] = print) -> dict:
+            wait: bool = True, log: Callable[[str], None] = print,
+            config: ConfigDict | None = None) -> dict:
   """Prepares the data, or says that it already is.
 
   Args:
@@ -33,6 +41,8 @@ def prepare(root: str, sources: Sequence[str] = SOURCES, vocab_size: int = 1024,
     vocab_size: tokens of the tokenizer that is trained on the training splits.
     wait: wait for another `prepare` of the same root (else RetryError).
     log: gets the progress, one line at a time.
+    config: a recipe; the tokenizer also learns from those of its sources that are a user's own
+      files, which are not copied.
 
   Returns:
     The manifest.
@@ -41,19 +51,54 @@ def prepare(root: str, sources: Sequence[str] = SOURCES, vocab_size: int = 1024,
     UsageError: an unknown source, or a package that is not installed.
     DiskError: `root` cannot be written or the disk is full.
   """
-  if not sources or len({folder(name) for name in sources}) != len(sources):
+  own = own_sources(config) if config is not None else []
+  if not (sources or own) or len({folder(name) for name in sources}) != len(sources):
     raise UsageError(f"sources are '{', '.join(sources)}'; name at least one, each once")
-  modules = {folder(name): find_source(name) for name in sources}
+  modules = {folder(name): cast(DataSet, find_source(name)) for name in sources}
+  for name, module in modules.items():
+    if is_format(module):
+      raise UsageError(f"source '{name}' reads your own files and needs no preparing; name it in a "
+                       "recipe, or try it with `vlm-jax data check FILE`")
   with _disk_errors(root):
     os.makedirs(root, exist_ok=True)
     with _locked(root, wait, log):
       shutil.rmtree(os.path.join(root, TEMPORARY), ignore_errors=True)
       request = {"sources": sorted(sources), "vocab_size": vocab_size}
+      if own:
+        request["own"] = {name: _stamp(config, name) for name in own}
       manifest = _existing(root, request, log)
       if manifest is None:
-        manifest = _write(root, modules, request, log)
+        manifest = _write(root, modules, request, log, _own_texts(config, own))
         log(f"prepared {root}: " + _summary(manifest))
       return manifest
+
+
+def own_sources(config: ConfigDict) -> list[str]:
+  """The sources of a recipe that are a user's own files."""
+  return [name for name, entry in sorted(config.data.sources.items())
+          if is_format(find_source(entry.name, config.outside))]
+
+
+def _stamp(config: ConfigDict, name: str) -> list:
+  """Changes when the files of a source do; JSON."""
+  entry = files.of_split(config.data.sources[name], config.data.sources[name].split)
+  stamp: list = [[field, str(entry[field])] for field in
+                 ("name", "path", "annotations", "split", "form", "held_out")]
+  with contextlib.suppress(DataError):  # a folder of TFDS, whose versions do not change
+    for path in files.paths(entry.path, "files"):
+      stamp.append([path, os.path.getsize(path), os.stat(path).st_mtime_ns])
+  return stamp
+
+
+def _own_texts(config: ConfigDict | None, names: Sequence[str]) -> Iterator[str]:
+  for name in names if config is not None else ():
+    entry = config.data.sources[name]
+    module = find_source(entry.name, config.outside)
+    reader, _ = draw.open_records(config, name, module, entry.split)
+    for index in range(0, len(reader), max(1, len(reader) // OWN_RECORDS)):
+      with contextlib.suppress(BadExample):  # training counts and names them
+        for parts in module.parts(reader[index], entry.form or module.FORMS[0]):
+          yield from (part.text for part in parts if isinstance(part, Text))
 
 
 def _existing(root: str, request: dict, log: Callable[[str], None]) -> dict | None:
@@ -71,8 +116,8 @@ def _existing(root: str, request: dict, log: Callable[[str], None]) -> dict | No
   return manifest
 
 
-def _write(root: str, modules: dict[str, Source], request: dict, log: Callable[[str], None]
-           ) -> dict:
+def _write(root: str, modules: dict[str, DataSet], request: dict, log: Callable[[str], None],
+           own: Iterator[str]) -> dict:
   temporary = os.path.join(root, TEMPORARY)
   os.makedirs(temporary)
   manifest: dict = {"request": request, "sources": {}, "files": {},
@@ -88,14 +133,14 @@ def _write(root: str, modules: dict[str, Source], request: dict, log: Callable[[
       "version": _version(module.PACKAGE),
     }
   log(f"tokenizer: training {request['vocab_size']} tokens")
-  texts = _texts(temporary, modules)
+  texts = itertools.chain(_texts(temporary, modules), own)
   tokenizer.train(texts, request["vocab_size"]).save(os.path.join(temporary, records.TOKENIZER))
   _describe(temporary, manifest)
   _commit(root, temporary, manifest)
   return manifest
 
 
-def _texts(temporary: str, modules: dict[str, Source]) -> Iterator[str]:
+def _texts(temporary: str, modules: dict[str, DataSet]) -> Iterator[str]:
   for name, module in modules.items():
     path = os.path.join(temporary, name, "train.array_record")
     if os.path.exists(path):
@@ -178,8 +223,6 @@ def _version(package: str) -> str:
 
 
 def _summary(manifest: dict) -> str:
-  counts = ", ".join(
-    f"{name} {sum(entry['records'].values())} records"
-    for name, entry in manifest["sources"].items()
-  )
-  return f"{counts}, {manifest['request']['vocab_size']} tokens"
+  counts = [f"{name} {sum(entry['records'].values())} records"
+            for name, entry in manifest["sources"].items()]
+  return ", ".join([*counts, f"{manifest['request']['vocab_size']} tokens"])

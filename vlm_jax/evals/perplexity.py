@@ -49,13 +49,13 @@ def documents(
   slots = len(module.rows(config))
   out: list[tuple[str, Layout]] = []
   for index in range(min(entry.limit or len(opened), len(opened))):
-    document = opened[index]
     rng = np.random.default_rng([config.seed, index])
     try:
+      document = opened[index]
       encoded = template.encode(document, tokenizer, decode_image)
       tally.count([])
     except BadExample as error:
-      tally.count(Bad(error.reason, document.key))
+      tally.count(Bad(error.reason, opened.key(index)))
       continue
     capacity = data.tokens if encoded.images else min(data.window or data.tokens, data.tokens)
     for piece in split_document(encoded, capacity, slots, data.images):

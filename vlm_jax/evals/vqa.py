@@ -113,13 +113,13 @@ def ask(
 
   def prompts() -> Iterator[Prompt]:
     for index in range(count):
-      document = documents[index]
       encode = lambda piece: template.encode_prompt(piece, tokenizer, decode_image)
       try:
+        document = documents[index]
         encoded = [(encode(piece), piece) for piece in cut(document, entry.together)]
         tally.count([])
       except BadExample as error:
-        tally.count(Bad(error.reason, document.key))
+        tally.count(Bad(error.reason, documents.key(index)))
         continue
       yield from encoded
 
