@@ -113,6 +113,16 @@ def get_config(arg: str = "") -> ConfigDict:
       tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
     )
   )
+  config.data.decode = ConfigDict(
+    dict(
+      max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
+      max_aspect=200,  # so are images with a side this many times longer than the other
+      background=(255, 255, 255),  # under transparency and around letterboxed images, 0 to 255
+      draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
+      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox
+      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
+    )
+  )
   config.train = ConfigDict(
     dict(
       steps=1000,
