@@ -13,6 +13,7 @@ def source(**overrides) -> ConfigDict:
       name="",  # module in vlm_jax/data/sources, or a dotted name of your own
       split="train",  # split the training reads
       ratio=1,  # documents of this source in one sampling cycle (whole number)
+      epochs=0,  # passes over this source, after which the mix goes on without it; 0: no limit
       weight=1.0,  # lambda of this source's loss: total = sum of weight * sum / sum of weights
       form="",  # how the source writes documents; each source lists its forms
       augment=(),  # image transforms by name, see vlm_jax/data/images.py
