@@ -159,7 +159,7 @@ class Run:
       NumericsError: loss or gradient norm is not finite; leaves a record and the batch behind.
     """
     row = metrics_lib.row_of(jax.device_get(numbers), self._sources, flat)
-    for kind in ("documents", "bad"):
+    for kind in ("documents", "bad", "epochs"):
       row |= {f"{kind}/{name}": number for name, number in sorted(info.get(kind, {}).items())}
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
       return row
