@@ -22,7 +22,7 @@ from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import Bad, BadExample, Tally
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.evals.bootstrap import interval
-from vlm_jax.evals.normalise import exact_match, vqa_accuracy
+from vlm_jax.evals.metrics.vqa import exact_match, vqa_accuracy
 from vlm_jax.evals.questions import Question, cut, questions_of
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import by_length, layouts, stack
