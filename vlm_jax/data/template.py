@@ -72,10 +72,11 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
       parts.append(Pixels(decode_image(part), turn))
       answered = False
     else:
-      tokens = _tokens(part, tokenizer, turn, document.key)
       if index in opened:
-        tokens = Tokens(tokens.ids[:1], np.zeros(1, bool), part.branch, turn)
-      parts.append(tokens)
+        mark = np.array([_opening(part, tokenizer)], np.int32)
+        parts.append(Tokens(mark, np.zeros(1, bool), part.branch, turn))
+      else:
+        parts.append(_tokens(part, tokenizer, turn, document.key))
       branch, answered = part.branch, part.role in ("assistant", "text")
   return Encoded(tuple(parts), document.source, document.key)
 
@@ -85,10 +86,14 @@ def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str) -> Tokens:
     raise BadExample("unknown_role", f"{key}: '{part.role}'")
   if not part.text.strip():
     raise BadExample("empty_text", f"{key}: {part.role}")
-  opening = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
-  ids = [opening, *tokenizer.encode(part.text)]
+  ids = [_opening(part, tokenizer), *tokenizer.encode(part.text)]
   if part.role in ("assistant", "text"):
     ids.append(tokenizer.eos)
   loss = np.full(len(ids), part.loss)
   loss[0] = False
   return Tokens(np.array(ids, np.int32), loss, part.branch, turn)
+
+
+def _opening(part: Text, tokenizer: Tokenizer) -> int:
+  """The mark that opens a part of its role."""
+  return {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)

@@ -1,7 +1,6 @@
 """Runs the evaluations of a config and writes numbers and predictions into the run directory."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
 from vlm_jax.evals.kinds import find_kind
+from vlm_jax.evals.predictions import lines, replace
 
 
 def evaluate(
@@ -101,20 +101,11 @@ def _write(workdir: Path, step: int, label: str, numbers: dict, predictions: dic
   try:
     for images, rows in predictions.items():
       name = f"{label}_{images}" if images else label
-      _replace(workdir / "predictions" / f"{name}.jsonl", "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+      replace(workdir / "predictions" / f"{name}.jsonl", lines(rows))
     path = workdir / "evals" / f"{step}.json"
     known = json.loads(path.read_text()) if path.exists() else {"step": step, "evals": {}}
     known["evals"][label] = numbers
-    _replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
   except OSError as error:
     raise DiskError(f"--workdir {workdir} cannot be written ({error.strerror}); free space, mend "
                     "its permissions or choose another directory") from error
-
-
-def _replace(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

@@ -16,7 +16,9 @@ that. A strategy without branches is given every option in a row of its own.
 """
 
 import dataclasses
+import re
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -125,12 +127,50 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
 
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
     rows, bad = decide(config, params, entry, split, images)
-    return score(rows, config.seed), rows, bad
+    return summary(rows, config.seed), rows, bad
 
   return with_controls(entry, measure)
 
 
 def score(rows: list[dict], seed: int) -> dict[str, Any]:
+  """Scores answers in words, of a model that was shown lettered options.
+
+  Args:
+    rows: {"document", "prediction", "options": {letter: option}, "answers": [letter]}; rows of one
+      document are rotations of one question. Get "score".
+    seed: of the bootstrap.
+
+  Returns:
+    {"accuracy", "low", "high", "chance", "circular", "circular_low", "circular_high",
+    "questions"}: accuracy over rows, circular over questions of which every row must be right.
+  """
+  whole: dict[str, float] = {}
+  for row in rows:
+    row["score"] = float(letter_of(row["prediction"], row["options"]) == row["answers"][0])
+    whole[row["document"]] = min(whole.get(row["document"], 1.0), row["score"])
+  accuracy, low, high = mean_score(rows, seed)
+  questions = [{"document": key, "score": value} for key, value in whole.items()]
+  circular, circular_low, circular_high = mean_score(questions, seed)
+  return {"accuracy": accuracy, "low": low, "high": high,
+          "chance": float(np.mean([1 / len(row["options"]) for row in rows])),
+          "circular": circular, "circular_low": circular_low, "circular_high": circular_high,
+          "questions": len(questions)}
+
+
+def letter_of(answer: str, options: Mapping[str, str]) -> str:
+  """The letter that an answer names: "B", "(b) two", or the text of an option; "" otherwise.
+
+  A letter counts when it stands alone or before one of ").:", so "A dog" names no letter.
+  """
+  plain = lambda text: text.strip().rstrip(".").lower()
+  for letter, option in options.items():
+    if plain(option) == plain(answer):
+      return letter
+  found = re.match(r"\(?([A-Za-z])(?:[).:]|$)", answer.strip())
+  return found[1].upper() if found and found[1].upper() in options else ""
+
+
+def summary(rows: list[dict], seed: int) -> dict[str, Any]:
   """The numbers of rows that `decide` returned."""
   accuracy, low, high = mean_score(rows, seed)
   mean = lambda values: float(np.mean(list(values)))
