@@ -39,9 +39,9 @@ print(f"{device.device_kind} ({device.platform}), expected minutes: "
 # %% [markdown]
 # ## The data
 #
-# Everything comes with pip packages: 4,000 training pictures with questions, and the manual. What the
-# model reads is packed: several documents share a row and see nothing of each other. The picture
-# shows two rows, a colour for every kind of token, and who sees whom.
+# Everything comes with pip packages: 4,000 training pictures with questions, and the manual. What
+# the model reads is packed: several documents share a row and see nothing of each other. The
+# picture shows two rows, a colour for every kind of token, and who sees whom.
 
 # %%
 from vlm_jax.cli import config as recipes
@@ -59,8 +59,8 @@ inspect.draw_rows(batch, rows=2)
 # %% [markdown]
 # ## Training
 #
-# The same function that `vlm-jax train` calls. Interrupt it and run the cell again: it continues from
-# its last checkpoint, to the bit.
+# The same function that `vlm-jax train` calls. Interrupt it and run the cell again: it continues
+# from its last checkpoint, to the bit.
 
 # %%
 from vlm_jax.evals.run import in_loop

@@ -166,13 +166,14 @@ def evaluation(**overrides) -> ConfigDict:
   """One evaluation: `config.evals.easy_vqa = evaluation(kind="vqa", source="easy_vqa", ...)`."""
   config = ConfigDict(
     dict(
-      kind="vqa",  # module in vlm_jax/evals: vqa, perplexity
+      kind="vqa",  # module in vlm_jax/evals/kinds
       source="",  # which of config.data.sources it reads
       split="validation",
       form="",  # "": the source's own form
       images="real",  # "real", "none", "shuffled": what is shown with a question
-      controls=("none", "shuffled"),  # vqa: asked again with these images, reported beside
-      together=10,  # vqa: questions of a fan-out document in one row (unseen by each other)
+      controls=("none", "shuffled"),  # asked again with these images, reported beside
+      together=10,  # questions of a fan-out document in one row (unseen by each other)
+      options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens
