@@ -20,7 +20,7 @@ The last line is JSON:
   steps, shapes    steps of a pass, and different shapes among them (each is compiled once)
   documents        how many there are; tokens, images: their useful slots and images
   compile          seconds of every side's first pass, compilation included
-  seconds, best, matmul, load, contended, machine   see protocol.py
+  seconds, best, matmul, others, contended, machine   see protocol.py
 """
 
 from collections.abc import Iterator

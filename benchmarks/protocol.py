@@ -5,11 +5,13 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 ROUNDS = 7
 CONTENDED = 0.15  # relative change of the fixed matmul that voids a run
+OTHERS = 0.1  # share of the machine that other processes may use
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -27,28 +29,45 @@ def fixed_matmul() -> float:
   return float(np.median([seconds(lambda: left @ right) for _ in range(15)]))
 
 
+def cpu_seconds() -> tuple[float, float]:
+  """Processor seconds that everybody has used, stolen ones included, and that this process has.
+
+  Where the system does not tell (no /proc/stat) everybody is this process.
+  """
+  own = sum(os.times()[:2])
+  try:
+    user, nice, system, _, _, *rest = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+  except OSError:
+    return own, own
+  return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK"), own
+
+
 def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict:
   """Runs the sides in turn, `rounds` times, after one call of each that is not counted.
 
   Returns:
     {"seconds": {side: [one time a round]}, "best": {side: minimum},
-     "matmul": [before, after], "load": 1-minute load average before,
-     "contended": whether the matmuls differ too much}
+     "matmul": [before, after], "others": share of the machine that other processes used,
+     "contended": whether the matmuls differ or others used too much}
   """
   for step in sides.values():
     step()
-  load, before = os.getloadavg()[0], fixed_matmul()
+  start, (all_before, own_before) = time.perf_counter(), cpu_seconds()
+  before = fixed_matmul()
   times: dict[str, list[float]] = {name: [] for name in sides}
   for _ in range(rounds):
     for name, step in sides.items():
       times[name].append(seconds(step))
   after = fixed_matmul()
+  all_after, own_after = cpu_seconds()
+  free = (time.perf_counter() - start) * os.cpu_count()
+  others = max(0.0, all_after - all_before - (own_after - own_before)) / free
   return {
     "seconds": times,
     "best": {name: min(values) for name, values in times.items()},
     "matmul": [before, after],
-    "load": load,
-    "contended": abs(after - before) > CONTENDED * min(before, after),
+    "others": others,
+    "contended": abs(after - before) > CONTENDED * min(before, after) or others > OTHERS,
   }
 
 
@@ -73,7 +92,8 @@ def report(header: list[str], rows: list[list[object]], result: dict) -> None:
   for row in cells:
     print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
   if result.get("contended"):
-    print(f"CONTENDED: the fixed matmul changed by more than {CONTENDED:.0%}; ratios are void.")
+    print(f"CONTENDED: the fixed matmul changed by more than {CONTENDED:.0%}, or others used more "
+          f"than {OTHERS:.0%} of the machine; ratios are void.")
   print(json.dumps({**result, "machine": machine()}), flush=True)
 
 

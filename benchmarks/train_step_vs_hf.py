@@ -16,7 +16,7 @@ The last line is JSON:
   losses         the first losses of every side
   fill           share of slots that are not padding, padded and packed
   compile        seconds of every side's first step, compilation included
-  seconds, best, matmul, load, contended, machine   see protocol.py
+  seconds, best, matmul, others, contended, machine   see protocol.py
 """
 
 import os

@@ -16,8 +16,8 @@ PACKAGE = "none"
 GOOD = 20
 
 
-def png(seed=0, size=64):
-  pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+def png(seed=0, size=64, width=None):
+  pixels = np.random.default_rng(seed).integers(0, 256, (size, width or size, 3), np.uint8)
   file = io.BytesIO()
   PIL.fromarray(pixels).save(file, "png")
   return file.getvalue()
@@ -36,6 +36,7 @@ BAD = {
   "truncated": dict(image=png()[:2000]),
   "not_an_image": dict(image=b"<html><body>404 Not Found</body></html>"),
   "decompression_bomb": dict(image=bomb()),
+  "extreme_aspect": dict(image=png(size=1, width=201)),
   "missing_file": dict(path="/nonexistent/picture.png"),
   "empty_text": dict(question=" \n "),
   "unknown_role": dict(role="narrator"),

@@ -16,6 +16,7 @@ from tests.data.conftest import ROOT
 from vlm_jax.configs import base
 from vlm_jax.core.document import Image
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.tree import unite
 from vlm_jax.data import draw, pipeline, prepare
 from vlm_jax.data.bad import REASONS
 
@@ -109,7 +110,7 @@ def test_hosts_change_nothing(config):
   halves = [steps(config, 3, process_index=i, process_count=2) for i in range(2)]
   for (batch, _, state), (first, _, a), (second, _, b) in zip(whole, *halves, strict=True):
     assert same(batch, {path: np.concatenate([first[path], second[path]]) for path in first})
-    assert pipeline.merge_states([a, b]) == state
+    assert unite([a, b]) == state
   resumed = steps(config, 1, start=whole[2][2], process_index=1, process_count=2)
   assert same(resumed[0][0], halves[1][2][0])
   first, second = (half[0][0]["streams/text/tokens"] for half in halves)

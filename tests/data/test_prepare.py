@@ -206,12 +206,14 @@ def test_every_form_writes_documents(root, name):
   for form in source.FORMS:
     assert source.parts(record, form)
   if name == "easy_vqa":
-    fan_out, talk, single, caption = (source.parts(record, form) for form in source.FORMS)
+    fan_out, talk, single, choice, caption = (source.parts(record, form) for form in source.FORMS)
     count = len(record["questions"])
     assert len(fan_out) == len(talk) == 1 and len(single) == count
     assert [part.branch for part in fan_out[0][1::2]] == list(range(1, count + 1))
     assert {part.branch for part in talk[0][1:]} == {0}
     assert len(talk[0]) == len(fan_out[0]) == 1 + 2 * count
+    assert len(choice) == count
+    assert all(sum(part.loss for part in one[2::2]) == 1 < len(one[2::2]) for one in choice)
     assert len(caption) == 1 and caption[0][1].text.startswith("a ") and caption[0][1].loss
 
 

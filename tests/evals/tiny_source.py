@@ -5,12 +5,15 @@ import numpy as np
 from tests.data.broken_source import png
 from vlm_jax.core.document import Image, Text
 
-FORMS = ("fan_out", "single", "text")
+FORMS = ("fan_out", "single", "text", "choice", "caption")
 LICENCE = "none"
 PACKAGE = "none"
 RECORDS, BAD = 7, 3
 # Short: all five of them, with the picture, fit the smallest bucket.
 QUESTIONS = ("red?", "how many?", "big", "why", "what is it?")
+
+OPTIONS = ("yes", "a noise", "no")
+CAPTIONS = ("yes noise no", "a noise", "noise, no!", "no 1 2 3", "yes")
 
 
 def prepare():
@@ -31,6 +34,14 @@ def parts(record, form):
   image = Image(record["image"])
   turns = lambda branch, text: (
     Text(text, "user", branch=branch), Text("yes", "assistant", loss=True, branch=branch))
+  if form == "choice":  # branches ask and answer, or the trunk asks and branches answer
+    ask = lambda k: () if k % 2 else (Text(QUESTIONS[k % 5], "user"),)
+    option = lambda k, n: (*((Text(QUESTIONS[k % 5], "user", branch=n),) if k % 2 else ()),
+                           Text(OPTIONS[n - 1], "assistant", loss=n == 1 + k % 3, branch=n))
+    return [(image, *ask(k), *(part for n in (1, 2, 3) for part in option(k, n)))
+            for k in range(len(record["questions"]))]
+  if form == "caption":
+    return [(image, Text(caption, loss=True)) for caption in CAPTIONS[: len(record["questions"])]]
   if form == "single":
     return [(image, *turns(0, question)) for question in record["questions"]]
   return [(image, *(part for k, question in enumerate(record["questions"], 1)

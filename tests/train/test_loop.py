@@ -14,7 +14,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError, NumericsError, UsageError
 from vlm_jax.train import metrics
 from vlm_jax.train.checkpoint import steps
-from vlm_jax.train.loop import train, unite
+from vlm_jax.train.loop import train
 
 
 def start(workdir, cache, *fields):
@@ -151,8 +151,3 @@ def test_keep_nothing_is_refused(config, tmp_path):
   config.train.keep = 0
   with pytest.raises(UsageError, match=r"config\.train\.keep"):
     train(config, tmp_path, make_loader=tiny_fusion.Loader)
-
-
-def test_unite():
-  states = [{"count": 2, "shards": {"0": {"next": 3}}}, {"count": 2, "shards": {"1": {"next": 4}}}]
-  assert unite(states) == {"count": 2, "shards": {"0": {"next": 3}, "1": {"next": 4}}}

@@ -52,6 +52,13 @@ def test_everything_moves(config):
   assert count(optimizer, LEAVES)[0] == count(optimizer, LEAVES)[1]
 
 
+def test_layers_that_no_feature_reads_do_not_decay(config):
+  config.tower.update(depth=4, feature_layer=-2, post_norm=False)
+  moved, optimizer, _ = moved_after(config)
+  assert moved["tower/layers/mlp/kernel"].tolist() == [True, True, True, False]
+  assert count(optimizer, LEAVES)[0] == count(optimizer, LEAVES)[1] - 15
+
+
 def test_frozen_is_bit_identical_and_without_memory(config):
   config.optim.frozen = ("tower/.*", "llm/layers[:2]/.*", "llm/norm")
   moved, optimizer, opt_state = moved_after(config)

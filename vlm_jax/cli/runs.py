@@ -1,6 +1,7 @@
 """What `evaluate` and `generate` share: a run directory back to a config and parameters."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                       help="let the frozen config name modules outside vlm_jax; they run code")
 
 
+Load = Callable[[int | None], tuple[dict[str, Any], int]]
+
+
 def open_run(args: argparse.Namespace) -> tuple[ConfigDict, dict[str, Any], int]:
   """The frozen config, the verified parameters of a checkpoint on one device, and its step.
 
   Raises:
     UsageError: not a run directory, or no such checkpoint.
     DataError: the checkpoint is damaged.
+  """
+  config, load = open_config(args)
+  params, step = load(args.step)
+  return config, params, step
+
+
+def open_config(args: argparse.Namespace) -> tuple[ConfigDict, Load]:
+  """The frozen config, and what reads the parameters of a step (None: the newest).
+
+  Nothing in the run directory is locked or written, so a training process is not disturbed.
+
+  Raises:
+    UsageError: not a run directory.
   """
   from vlm_jax.train.workdir import load_config
 
@@ -40,6 +57,9 @@ def open_run(args: argparse.Namespace) -> tuple[ConfigDict, dict[str, Any], int]
   loop.set_up_cache(config)
   _, leaves = state.initializer(find_fusion(config), config)
   abstract = state.abstract_params(leaves, make_mesh(config, jax.devices()[:1]))
-  folder = Path(args.workdir).absolute() / "checkpoints"
-  params, step = load_params(folder, abstract, args.step)
-  return config.lock(), params, step
+  return config.lock(), lambda step: load_params(checkpoints(args.workdir), abstract, step)
+
+
+def checkpoints(workdir: str) -> Path:
+  """The folder of a run's checkpoints."""
+  return Path(workdir).absolute() / "checkpoints"

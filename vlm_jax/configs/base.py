@@ -17,6 +17,7 @@ def source(**overrides) -> ConfigDict:
       image_root="",  # formats: folder that images are named in; "": the folder of `path`
       held_out=0.0,  # formats: share of the records that is split "validation"
       ratio=1,  # documents of this source in one sampling cycle (whole number)
+      epochs=0,  # passes over this source, after which the mix goes on without it; 0: no limit
       weight=1.0,  # lambda of this source's loss: total = sum of weight * sum / sum of weights
       form="",  # how the source writes documents; each source lists its forms
       augment=(),  # image transforms by name, see vlm_jax/data/images.py
@@ -117,6 +118,16 @@ def get_config(arg: str = "") -> ConfigDict:
       tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
     )
   )
+  config.data.decode = ConfigDict(
+    dict(
+      max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
+      max_aspect=200,  # so are images with a side this many times longer than the other
+      background=(255, 255, 255),  # under transparency and around letterboxed images, 0 to 255
+      draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
+      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox
+      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
+    )
+  )
   config.train = ConfigDict(
     dict(
       steps=1000,
@@ -155,13 +166,14 @@ def evaluation(**overrides) -> ConfigDict:
   """One evaluation: `config.evals.easy_vqa = evaluation(kind="vqa", source="easy_vqa", ...)`."""
   config = ConfigDict(
     dict(
-      kind="vqa",  # module in vlm_jax/evals: vqa, perplexity
+      kind="vqa",  # module in vlm_jax/evals/kinds
       source="",  # which of config.data.sources it reads
       split="validation",
       form="",  # "": the source's own form
       images="real",  # "real", "none", "shuffled": what is shown with a question
-      controls=("none", "shuffled"),  # vqa: asked again with these images, reported beside
-      together=10,  # vqa: questions of a fan-out document in one row (unseen by each other)
+      controls=("none", "shuffled"),  # asked again with these images, reported beside
+      together=10,  # questions of a fan-out document in one row (unseen by each other)
+      options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens

@@ -107,6 +107,9 @@ class Tower(Protocol):
   def grid(self, config: ConfigDict) -> tuple[int, int]:
     """Rows and columns of the feature grid for the configured image size."""
 
+  def unread(self, config: ConfigDict) -> tuple[str, ...]:
+    """Patterns, below "tower/", of parameters that no feature depends on: they never train."""
+
 
 class Connector(Protocol):
   """What a module in `vlm_jax/connectors` offers.

@@ -1,6 +1,6 @@
 """Nested dicts and their flat form, {"llm/norm/scale": leaf}."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,3 +22,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[name] = leaf
   return tree
+
+
+def unite(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+  """One nested dict with the keys of all: the position in the data of all hosts from those of each.
+
+  Where two have the same leaf, the later one's is kept.
+  """
+  whole: dict[str, Any] = {}
+  for tree in trees:
+    for key, value in tree.items():
+      both = isinstance(value, dict) and isinstance(whole.get(key), dict)
+      whole[key] = unite([whole[key], value]) if both else value
+  return whole

@@ -8,6 +8,7 @@ REASONS = {
   "truncated": "the image file ends early or its data is damaged",
   "not_an_image": "the bytes are not an image in a known format",
   "decompression_bomb": "the image has more pixels than the limit",
+  "extreme_aspect": "one side of the image is many times longer than the other",
   "missing_file": "the file that the record names does not exist",
   "empty_text": "a text has no characters besides white space",
   "unknown_role": "a text has a role that the template does not know",

@@ -62,13 +62,8 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
 
 def image_decoder(config: ConfigDict) -> template.DecodeImage:
   """A function from Image to u8[H,W,3] of the tower's image size, for `template.encode`."""
-  size = config.tower.image_size
-
-  def decode(image: Image) -> np.ndarray:
-    pixels = images.decode(image.data) if isinstance(image.data, bytes) else image.data
-    return images.resize(pixels, size)
-
-  return decode
+  size, how = config.tower.image_size, images.decoding(config)
+  return lambda image: images.square(image.data, size, how)
 
 
 def open_records(config: ConfigDict, name: str, module: Source, split: str

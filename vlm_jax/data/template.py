@@ -45,37 +45,29 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) 
 def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
   """The document up to its last answer: what a model is given to write that answer itself.
 
-  The last part, of a fan-out document the last part of every branch, must be an assistant's; it
-  becomes the bare `<assistant>` mark.
+  The last part, of a fan-out document the last part of every branch, is what the model says: an
+  assistant's answer or, as a caption, plain text. It becomes its bare opening mark.
 
   Raises:
-    BadExample: "unknown_role" (a last part is not an assistant's), or as in `encode`.
+    BadExample: "unknown_role" (a last part is a user's or the system's), or as in `encode`.
   """
   last = {getattr(part, "branch", 0): index for index, part in enumerate(document.parts)}
   if len(last) > 1:
     last.pop(0, None)
   for index in last.values():
-    if not isinstance(document.parts[index], Text) or document.parts[index].role != "assistant":
+    part = document.parts[index]
+    if not isinstance(part, Text) or part.role not in ("assistant", "text"):
       raise BadExample("unknown_role", f"{document.key}: the last part is not an answer")
-  asked = [part for index, part in enumerate(document.parts) if index not in last.values()]
-  if not asked:
-    raise BadExample("empty_text", f"{document.key}: there is nothing before the answer")
-  encoded = _encode(Document(tuple(asked), document.source, document.key), tokenizer, decode_image)
-  parts: list[Tokens | Pixels] = []
-  branches = [getattr(part, "branch", 0) for part in encoded.parts]
-  for part, branch, following in zip(encoded.parts, branches, [*branches[1:], None], strict=True):
-    parts.append(part)
-    if branch != following and branch in last:
-      mark = np.array([tokenizer.assistant], np.int32)
-      parts.append(Tokens(mark, np.zeros(1, bool), branch, part.turn))
-  return Encoded(tuple(parts), document.source, document.key)
+  return _encode(document, tokenizer, decode_image, frozenset(last.values()))
 
 
-def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
+def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
+            opened: frozenset[int] = frozenset()) -> Encoded:
+  """Encodes every part; of the parts numbered in `opened` only the opening mark."""
   parts: list[Tokens | Pixels] = []
   turn, branch, answered = 0, 0, False
   following = [part for part in document.parts if isinstance(part, Text)][1:]
-  for part in document.parts:
+  for index, part in enumerate(document.parts):
     if parts and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
     if isinstance(part, Image):
@@ -83,7 +75,11 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage)
       answered = False
     else:
       goes_on = bool(following) and following.pop(0).continues
-      parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
+      if index in opened:
+        mark = np.array([_opening(part, tokenizer)], np.int32)
+        parts.append(Tokens(mark, np.zeros(1, bool), part.branch, turn))
+      else:
+        parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
       branch, answered = part.branch, part.role in ("assistant", "text")
   return Encoded(tuple(parts), document.source, document.key)
 
@@ -93,11 +89,15 @@ def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str, goes_on: bool
     raise BadExample("unknown_role", f"{key}: '{part.role}'")
   if not part.text.strip():
     raise BadExample("empty_text", f"{key}: {part.role}")
-  opening = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
-  ids = ([] if part.continues else [opening]) + tokenizer.encode(part.text)
+  ids = ([] if part.continues else [_opening(part, tokenizer)]) + tokenizer.encode(part.text)
   if part.role in ("assistant", "text") and not goes_on:
     ids.append(tokenizer.eos)
   loss = np.full(len(ids), part.loss)
   if not part.continues:
     loss[0] = False
   return Tokens(np.array(ids, np.int32), loss, part.branch, turn)
+
+
+def _opening(part: Text, tokenizer: Tokenizer) -> int:
+  """The mark that opens a part of its role."""
+  return {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)

@@ -1,6 +1,7 @@
 """The questions of a document, and fan-out documents cut into rows of a few questions."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from vlm_jax.core.document import Document, Text
 
@@ -19,7 +20,7 @@ class Question:
   key: str
   document: str
   text: str
-  answers: tuple[str, ...]
+  answers: Sequence[str]
 
 
 def branches(document: Document) -> dict[int, list[Text]]:

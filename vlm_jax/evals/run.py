@@ -1,19 +1,16 @@
 """Runs the evaluations of a config and writes numbers and predictions into the run directory."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import MappingProxyType, ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
-from vlm_jax.evals import perplexity, vqa
-
-KINDS: Mapping[str, ModuleType] = MappingProxyType({"perplexity": perplexity, "vqa": vqa})
+from vlm_jax.evals.kinds import find_kind
+from vlm_jax.evals.predictions import lines, replace
 
 
 def evaluate(
@@ -51,13 +48,16 @@ def evaluate(
     if name not in config.evals:
       raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
     entry = config.evals[name]
-    if entry.kind not in KINDS:
-      raise UsageError(f"config.evals.{name}.kind is '{entry.kind}'; {nearest(entry.kind, KINDS)}")
+    try:
+      kind = find_kind(entry.kind, config.outside)
+    except UsageError as error:
+      reason = str(error).removeprefix("config: ")
+      raise UsageError(f"config.evals.{name}.kind: {reason}") from error
     chosen = split or entry.split
     label = name if chosen == entry.split else f"{name}_{chosen}"
-    numbers, predictions = KINDS[entry.kind].run(config, params, entry, chosen)
+    numbers, predictions = kind.run(config, params, entry, chosen)
     results[label] = {"kind": entry.kind, "source": entry.source, "split": chosen, **numbers}
-    report(f"{label}: {line(results[label])}")
+    report(f"{label}: {line(results[label], kind.MAIN, kind.UNIT)}")
     if workdir is not None:
       _write(Path(workdir), step, label, results[label], predictions)
   return results
@@ -87,10 +87,8 @@ def scalars(numbers: dict[str, Any]) -> dict[str, float]:
   return flat
 
 
-def line(numbers: dict[str, Any]) -> str:
-  """One line for people."""
-  unit = "tokens" if "tokens" in numbers else "questions"
-  main = "perplexity" if unit == "tokens" else "accuracy"
+def line(numbers: dict[str, Any], main: str, unit: str) -> str:
+  """One line for people: the main number with its interval, those of the controls, the count."""
   show = lambda part: f"{part[main]:.4g} [{part['low']:.4g}, {part['high']:.4g}]"
   text = f"{main} {show(numbers)} with images {numbers['images']}"
   for images, control in numbers.get("controls", {}).items():
@@ -103,20 +101,11 @@ def _write(workdir: Path, step: int, label: str, numbers: dict, predictions: dic
   try:
     for images, rows in predictions.items():
       name = f"{label}_{images}" if images else label
-      _replace(workdir / "predictions" / f"{name}.jsonl", "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+      replace(workdir / "predictions" / f"{name}.jsonl", lines(rows))
     path = workdir / "evals" / f"{step}.json"
     known = json.loads(path.read_text()) if path.exists() else {"step": step, "evals": {}}
     known["evals"][label] = numbers
-    _replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
+    replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
   except OSError as error:
     raise DiskError(f"--workdir {workdir} cannot be written ({error.strerror}); free space, mend "
                     "its permissions or choose another directory") from error
-
-
-def _replace(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

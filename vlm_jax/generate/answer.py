@@ -57,11 +57,8 @@ def answer(
   start = time.perf_counter()
   tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
   pictures = tuple(_read(path, decode_image) for path in images)
-  # A model that learned from fan-out documents is asked as it was taught: in a branch.
   module = find_fusion(config)
-  branch = int(f"masks/{STREAM}/q_class" in module.fields(config))
-  parts = (*pictures, Text(prompt, "user", branch=branch), Text("", "assistant", branch=branch))
-  encoded = template.encode_prompt(Document(parts, "", "prompt"), tokenizer, decode_image)
+  encoded = template.encode_prompt(ask(config, prompt, pictures), tokenizer, decode_image)
   laid_out = layouts([encoded], config)
   prompts = stack(laid_out, config, rows=1, bucket=BUCKET)
   said = generate(config, params, prompts, max_tokens=max_tokens, stop=(tokenizer.eos,),
@@ -76,6 +73,24 @@ def answer(
     "image_tokens": len(pictures) * len(module.rows(config)),
     "seconds": time.perf_counter() - start,
   }
+
+
+def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "prompt"
+        ) -> Document:
+  """The document of one question about some pictures, which the model is to answer.
+
+  Args:
+    config: of the run; a model that learned from fan-out documents is asked as it was taught, in a
+      branch.
+    prompt: the question; "" asks for what follows the pictures, a caption.
+    pictures: shown before the question.
+    key: names the document.
+  """
+  if not prompt:
+    return Document((*pictures, Text("", "text")), "", key)
+  branch = int(f"masks/{STREAM}/q_class" in find_fusion(config).fields(config))
+  parts = (*pictures, Text(prompt, "user", branch=branch), Text("", "assistant", branch=branch))
+  return Document(parts, "", key)
 
 
 def _read(path: str | Path, decode_image: template.DecodeImage) -> Image:

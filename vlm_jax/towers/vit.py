@@ -225,6 +225,14 @@ class Model(nn.Module):
     return {"none": None, "tok": x[:, 0], "gap": x[:, first:].mean(axis=1)}[pool]
 
 
+def unread(config: ConfigDict) -> tuple[str, ...]:
+  """Patterns of the blocks behind `feature_layer`, and of the norm behind them."""
+  used = _used(config)
+  if used == config.depth:
+    return ()
+  return (f"layers[{used}:]", *(("post_norm",) if config.post_norm else ()))
+
+
 def _used(config: ConfigDict) -> int:
   """How many blocks the features need."""
   if not -config.depth - 1 <= config.feature_layer <= -1:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import NumericsError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
-from vlm_jax.core.tree import flatten
+from vlm_jax.core.tree import flatten, unite
 from vlm_jax.core.typing import Params
 from vlm_jax.train import metrics as metrics_lib
 from vlm_jax.train import state as state_lib
@@ -159,7 +159,7 @@ class Run:
       NumericsError: loss or gradient norm is not finite; leaves a record and the batch behind.
     """
     row = metrics_lib.row_of(jax.device_get(numbers), self._sources, flat)
-    for kind in ("documents", "bad"):
+    for kind in ("documents", "bad", "epochs"):
       row |= {f"{kind}/{name}": number for name, number in sorted(info.get(kind, {}).items())}
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
       return row
@@ -259,13 +259,3 @@ def gather(value: Any) -> list:
   padded = np.pad(text, (0, int(sizes.max()) - len(text)))
   texts = multihost_utils.process_allgather(padded)
   return [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
-
-
-def unite(states: list[dict]) -> dict:
-  """One loader state from those of all hosts: nested dicts are united, so each shard's is kept."""
-  whole: dict = {}
-  for state in states:
-    for key, value in state.items():
-      both = isinstance(value, dict) and isinstance(whole.get(key), dict)
-      whole[key] = unite([whole[key], value]) if both else value
-  return whole

@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Stage
+from vlm_jax.core.fusion import Stage, find_tower
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -153,7 +153,9 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
                      f"has no such stage; {nearest(config.fusion.stage, by_name)}")
   stage = by_name[config.fusion.stage]
   chosen = _match(stage.trainable, leaves, f"stage '{stage.name}' of '{config.fusion.name}'")
-  frozen = _match(tuple(config.optim.frozen), leaves, "config.optim.frozen")
+  # Without a gradient they would still decay.
+  unread = tuple(f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower))
+  frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
   result = {}
   for path, choice in chosen.items():
     choice = choice & ~frozen[path] if path in frozen else choice

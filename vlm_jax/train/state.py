@@ -79,6 +79,7 @@ def initializer(module: Fusion, config: ConfigDict) -> tuple[Callable, dict[str,
   model = module.Model(config)
   row = batch_lib.empty(module.fields(config), module.axes(config), rows=1)
 
+  @jax.jit  # remembers its trace: the shapes and the parameters cost one pass through the model
   def boxed(key: Array) -> Params:
     return model.init(key, batch_lib.from_flat(row))["params"]
 

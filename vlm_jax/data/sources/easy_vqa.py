@@ -8,6 +8,7 @@ Forms:
   fan_out       one document an image: every question is a branch and is answered as if asked alone
   conversation  one document an image: the questions follow one another
   single        one document a question
+  choice        one document a question: its possible answers are branches, the right one has loss
   caption       one document an image: "a red circle", where the answers tell colour and shape
 """
 
@@ -21,7 +22,7 @@ from vlm_jax.core.document import Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data.sources import Parts, Record
 
-FORMS = ("fan_out", "conversation", "single", "caption")
+FORMS = ("fan_out", "conversation", "single", "choice", "caption")
 LICENCE = "MIT (Victor Zhou, github.com/vzhou842/easy-VQA)"
 PACKAGE = "easy-vqa"
 VALIDATION = 400  # images
@@ -92,11 +93,21 @@ def parts(record: Record, form: str) -> list[Parts]:
   if form == "caption":
     caption = _caption(pairs)
     return [(image, Text(caption, loss=True))] if caption else []
+  if form == "choice":
+    return [(image, *_choice(*pair)) for pair in pairs]
   if form == "single":
     return [(image, *turns(0, pair)) for pair in pairs]
   if form == "conversation":
     return [(image, *(part for pair in pairs for part in turns(0, pair)))]
   return [(image, *(part for k, pair in enumerate(pairs, 1) for part in turns(k, pair)))]
+
+
+def _choice(question: str, answer: str) -> Parts:
+  """The question with every answer that the data set has for questions of its sort."""
+  options = next(words for words in (SHAPES, COLORS, ("yes", "no")) if answer in words)
+  return tuple(part for k, option in enumerate(options, 1) for part in (
+    Text(question, "user", branch=k),
+    Text(option, "assistant", loss=option == answer, branch=k)))
 
 
 def _caption(pairs: list) -> str:

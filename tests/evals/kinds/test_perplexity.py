@@ -7,7 +7,7 @@ from tests.generate.helpers import forward
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.errors import DataError
 from vlm_jax.data import pipeline
-from vlm_jax.evals import perplexity
+from vlm_jax.evals.kinds import perplexity
 
 WINDOW = 24
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_jax.evals.normalise import CONTRACTIONS, exact_match, normalise, vqa_accuracy
+from vlm_jax.evals.metrics.vqa import CONTRACTIONS, exact_match, normalise, vqa_accuracy
 
 
 @pytest.mark.parametrize("text, want", [

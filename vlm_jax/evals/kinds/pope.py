@@ -1,0 +1,32 @@
+"""Yes-or-no questions about objects, scored as POPE does: hallucination shows as a yes-ratio."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.core.typing import Params
+from vlm_jax.evals import asking
+from vlm_jax.evals.metrics.yes_no import pope, says_yes
+from vlm_jax.evals.reading import mean_score
+
+MAIN, UNIT = "accuracy", "questions"
+
+
+def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str) -> tuple[dict, dict]:
+  """Asks and scores every question; see `asking.run`."""
+  return asking.run(config, params, entry, split, score)
+
+
+def score(rows: list[dict], seed: int) -> dict[str, Any]:
+  """Scores rows {"document", "prediction", "answers": ["yes"] or ["no"]}, which get "score".
+
+  Returns:
+    {"accuracy", "low", "high", "precision", "recall", "f1", "yes_ratio", "questions"}; the
+    interval is the accuracy's.
+  """
+  said = [says_yes(row["prediction"]) for row in rows]
+  truth = [says_yes(row["answers"][0]) for row in rows]
+  for row, mine, right in zip(rows, said, truth, strict=True):
+    row["score"] = float(mine == right)
+  _, low, high = mean_score(rows, seed)
+  return pope(said, truth) | {"low": low, "high": high, "questions": len(rows)}

@@ -1,0 +1,37 @@
+"""Recall at K of image-text retrieval, several captions a picture (as for COCO and Flickr30k)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def recall_at(similarity: np.ndarray, owners: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+              ) -> dict[str, float]:
+  """R@K in both directions.
+
+  Args:
+    similarity: f[images, texts].
+    owners: i[texts], the image that each text describes.
+    ks: how many of the best are looked at.
+
+  Returns:
+    "image_to_text@K": the share of images with one of their own texts among the K most similar;
+    "text_to_image@K": the share of texts whose image is among the K most similar. A stranger that
+    is exactly as similar counts as more similar, so a constant similarity recalls nothing.
+
+  Raises:
+    ValueError: shapes that do not fit, an image without a text, or a similarity that is not finite.
+  """
+  similarity, owners = np.asarray(similarity), np.asarray(owners)
+  images, texts = similarity.shape
+  if owners.shape != (texts,) or set(np.unique(owners)) != set(range(images)):
+    raise ValueError("recall_at: owners must name an image for each text, and each image once")
+  if not np.isfinite(similarity).all():
+    raise ValueError("recall_at: the similarity is not finite everywhere")
+  own = owners == np.arange(images)[:, None]
+  best = np.where(own, similarity, -np.inf).max(1, keepdims=True)
+  found = {"image_to_text": ((similarity >= best) & ~own).sum(1),
+           "text_to_image": ((similarity >= similarity[own.T.argmax(1), np.arange(texts)])
+                             & ~own).sum(0)}
+  return {f"{way}@{k}": float((strangers < k).mean())
+          for way, strangers in found.items() for k in ks}
