@@ -18,7 +18,6 @@ from tests.data.test_formats import (  # noqa: F401
   write_vqa,
 )
 from tests.data.test_pipeline import steps
-from tests.generate.helpers import tiny
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
@@ -127,12 +126,13 @@ def test_trains_from_a_tfds_data_set(root, folder, tmp_path):  # noqa: F811
           for i, path in enumerate(sorted((folder / "images").glob("0*.jpg")))]
   features = lambda f: f.FeaturesDict({"image": f.Image(),
                                        "captions": f.Sequence({"text": f.Text()})})
-  config = tiny()
+  config = base.get_config()
+  config.fusion.name = "tests.data.tiny_strategy"
+  config.tower.update(image_size=16, patch=8)
+  config.llm.width = 32
   config.data.root = str(tmp_path)
   config.data.tokenizer, config.llm.vocab_size = f"{root}/tokenizer.json", 1024
   config.data.update(rows=2, tokens=64, images=2)
-  config.tower.depth = config.llm.depth = 1
-  config.data.sources = type(config)()
   config.data.sources.mine = base.source(
     name="tfds", path=written.tfds(folder, "trained_from", features, rows), split="train[:90%]")
   config.train.update(steps=2, log_every=1)
