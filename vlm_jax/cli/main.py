@@ -23,6 +23,12 @@ COMMANDS = {
   "plan": "vlm_jax.cli.plan",
   "data prepare": "vlm_jax.cli.data_prepare",
   "data inspect": "vlm_jax.cli.data_inspect",
+  "ckpt ls": "vlm_jax.cli.ckpt_ls",
+  "ckpt inspect": "vlm_jax.cli.ckpt_inspect",
+  "ckpt verify": "vlm_jax.cli.ckpt_verify",
+  "ckpt diff": "vlm_jax.cli.ckpt_diff",
+  "ckpt average": "vlm_jax.cli.ckpt_average",
+  "ckpt prune": "vlm_jax.cli.ckpt_prune",
   "quickstart": "vlm_jax.cli.quickstart",
 }
 EXIT_CODES = f"""exit codes:

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from ml_collections import ConfigDict
@@ -45,7 +45,7 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
-        self._lock = _lock(self.path / "LOCK")
+        self._lock = lock(self.path / "LOCK")
     except OSError as error:
       raise _disk_error(self.path, error) from error
     try:
@@ -147,7 +147,12 @@ def environment() -> dict[str, Any]:
   }
 
 
-def _lock(path: Path):
+def lock(path: Path) -> TextIO:
+  """Takes the lock of a run directory; closing the file, or the process, gives it back.
+
+  Raises:
+    RetryError: another process holds it.
+  """
   file = open(path, "a+")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
