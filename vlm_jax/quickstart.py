@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import DataError
 from vlm_jax.data import prepare
 from vlm_jax.evals import run as evals
+from vlm_jax.report import page
 from vlm_jax.train import metrics
 from vlm_jax.train.loop import train
 from vlm_jax.train.workdir import write_atomically
@@ -80,6 +81,7 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
     "image_fill": round(mean("fill/images/images"), 4),
     "workdir": str(path),
   }
+  log(f"report: {page.write(path / 'mixed', outside=mixed.outside)}")
   check(result)
   return result
 

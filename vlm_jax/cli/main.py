@@ -20,6 +20,7 @@ COMMANDS = {
   "train": "vlm_jax.cli.train",
   "evaluate": "vlm_jax.cli.evaluate",
   "generate": "vlm_jax.cli.generate",
+  "report": "vlm_jax.cli.report",
   "plan": "vlm_jax.cli.plan",
   "data prepare": "vlm_jax.cli.data_prepare",
   "data inspect": "vlm_jax.cli.data_inspect",
