@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError
-from vlm_jax.train import metrics
+from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint_tools import FOLDER, Entry, entries
 from vlm_jax.train.workdir import load_config
 
@@ -73,8 +73,8 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     path=path,
     config=config,
     fields=fields(config),
-    metrics=metrics.read(path / "metrics.jsonl"),
-    timing=metrics.read(path / "timing.jsonl"),
+    metrics=trackers.read(path / "metrics.jsonl"),
+    timing=trackers.read(path / "timing.jsonl"),
     evals=dict(sorted(evals.items())),
     commands=commands.read_text().splitlines() if commands.exists() else [],
     environment=_json(path / "env.json"),

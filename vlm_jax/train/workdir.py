@@ -24,7 +24,7 @@ from vlm_jax.core.errors import DiskError, RetryError, UsageError
 # What may change between two starts of one run: nothing the data or the arithmetic depend on.
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
 FREE = ("data.workers", "data.prefetch", "train.log_every", "train.compilation_cache", "train.keep",
-        "mesh.data", "mesh.fsdp", "mesh.tensor")
+        "train.trackers", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
