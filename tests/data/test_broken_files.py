@@ -32,7 +32,8 @@ def reasons(config):
 
 
 BROKEN = {
-  "llava_json": ['{"a": 1}', "[1, 2", "hello", "", '[{"image": "x.jpg", "caption": "y"}]', "[]"],
+  "llava_json": ['{"a": 1}', "[" + "9" * 5000 + "]", "[" * 99999, "[1, 2", "hello", "",
+                 '[{"image": "x.jpg", "caption": "y"}]', "[]"],
   "messages": ["hello\nworld", '{"conversations": []}', "", '[{"messages": "hi"}]'],
   "mmc4": ["hello", '{"text": "x"}', '{"text_list": "x", "image_info": [{"image": 1}]}'],
   "coco": ["[]", "{", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}',
@@ -180,7 +181,7 @@ def test_tars_are_indexed_once_and_again_when_they_change(tmp_path, monkeypatch)
   assert len(TarFile(path, "samples")) == 2
   (tmp_path / "x.tar.index.npz").unlink()
   with monkeypatch.context() as patch:
-    patch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError(13, "ro")))
+    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "read-only")))
     assert len(TarFile(path, "samples")) == 2 and os.listdir(tmp_path) == ["x.tar"]
 
 
@@ -257,6 +258,8 @@ def test_tfds_by_name_says_what_is_missing(tmp_path, monkeypatch):
   for name in ("coco_captions", "c4/en"):
     with pytest.raises(DataError, match=f"tfds build {name} --file_format=array_record"):
       tfds.find(name)
+  with pytest.raises(DataError, match="tfds build c4 .* --data_dir=/data/sets`"):
+    tfds.find("/data/sets/c4")
   with pytest.raises(UsageError, match="did you mean coco_captions"):
     tfds.find("coco_caption")
   for version in ("1.0.0", "1.10.0", "1.9.0"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data import written
+from tests.data.conftest import ROOT
 from tests.data.test_formats import (  # noqa: F401
   CAPTIONS,
   WRITERS,
@@ -21,7 +22,7 @@ from tests.generate.helpers import tiny
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
-from vlm_jax.data import check, pipeline, prepare, sources
+from vlm_jax.data import check, pipeline, prepare, sources, toy
 from vlm_jax.data import records as prepared
 from vlm_jax.train import metrics
 from vlm_jax.train.loop import train
@@ -77,6 +78,25 @@ def test_the_command(folder, records, tmp_path, capsys, monkeypatch):  # noqa: F
     assert cli.main(["data", "check", *argv]) == code
     assert sentence in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_is_true(tmp_path, capsys, monkeypatch):
+  """Its table names every format with fields that exist, and its commands work as they stand."""
+  text = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
+  rows = re.findall(r"^\| `(name=.*?)` \|", text, re.MULTILINE)
+  entries = [eval(f"dict({row})") for row in rows]
+  assert sorted(entry["name"] for entry in entries) == sources.formats()
+  assert all(set(entry) <= set(base.source()) for entry in entries)
+  commands = re.findall(r"^    vlm-jax (.*?)(?: +#.*)?$", text, re.MULTILINE)
+  monkeypatch.chdir(tmp_path)
+  toy.write(".")
+  (tmp_path / "my.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+  for command in commands[:3]:
+    assert command.startswith("data ") and cli.main(command.split()) == 0, command
+  assert "llava_json, 40 records" in (out := capsys.readouterr().out) and "json, 35 records" in out
+  assert [command.split()[0] for command in commands[3:]] == ["train", "evaluate"]
+  with pytest.raises(SystemExit, match="my.json exists"):
+    toy.write(".")
 
 
 def test_prepare_teaches_the_tokenizer_a_users_own_texts(folder, records, tmp_path):  # noqa: F811

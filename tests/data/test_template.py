@@ -69,6 +69,12 @@ def test_a_text_that_continues_has_one_mark_and_one_end(words):
     "0 0 <user>hi", "0 image", "0 0 so", "0 0 <assistant>[y][<eos>]"]
 
 
+def test_a_prompt_of_a_page_ends_where_its_last_text_would_go_on(words):
+  page = (Text("ab", loss=True), Image(PIXELS), Text("c", loss=True, continues=True))
+  prompt = encode(words, *page, function=template.encode_prompt)
+  assert golden(prompt, words) == ["0 0 <bos>[a][b]", "1 image", "1 0 "]
+
+
 def test_prompt_ends_with_the_assistant(words):
   prompt = encode(words, Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", loss=True),
                   function=template.encode_prompt)

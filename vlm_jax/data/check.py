@@ -37,12 +37,11 @@ def guess(path: str) -> str:
   if ending in ENDINGS:
     return ENDINGS[ending]
   if ending == ".parquet":
-    from vlm_jax.data.sources import obelics, parquet
+    from vlm_jax.data.sources import parquet
 
-    record = parquet.Rows(file, ("texts",), (*parquet.FIELDS, "texts"), parquet.EXPECTS)[0]
-    texts = record.get("texts") or ()
-    return "parquet" if any(isinstance(one, dict) for one in texts) or not texts else (
-      obelics.__name__.rsplit(".", 1)[-1])
+    rows = parquet.Rows(file, ("texts",), parquet.FIELDS, parquet.EXPECTS)
+    texts = rows[0].get("texts") if len(rows) else None
+    return "obelics" if texts and not any(isinstance(one, dict) for one in texts) else "parquet"
   try:
     record = files.JsonFile(file, "JSON, JSON lines, tar or parquet")[0]
   except (BadExample, IndexError):

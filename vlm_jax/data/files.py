@@ -189,7 +189,7 @@ class JsonFile(Sequence):
         position = scan(text, position)[1]
         ends.append(position)
         position = skip(position)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
       where = getattr(error, "pos", position)
       raise DataError(f"{self.path} is not valid JSON at byte {where} ("
                       f"{getattr(error, 'msg', error)}); expected {self._expects}") from error

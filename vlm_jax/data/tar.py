@@ -8,7 +8,6 @@ Where that folder cannot be written, the index is only kept in memory.
 import contextlib
 import os
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Sequence
 
@@ -108,12 +107,11 @@ def _load(path: str, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
 
 
 def _save(path: str, index: dict[str, np.ndarray]) -> None:
-  with contextlib.suppress(OSError):
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".index")
-    try:
-      with os.fdopen(handle, "wb") as file:
-        np.savez(file, **index)  # type: ignore[arg-type]
-      os.replace(temporary, path)  # whole or not at all, whoever else writes it
-    except OSError:
+  temporary = f"{path}.{os.getpid()}"
+  try:
+    with open(temporary, "wb") as file:
+      np.savez(file, **index)  # type: ignore[arg-type]
+    os.replace(temporary, path)  # whole or not at all, whoever else writes it
+  except OSError:
+    with contextlib.suppress(OSError):
       os.remove(temporary)
-      raise

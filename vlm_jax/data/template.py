@@ -76,8 +76,8 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
     else:
       goes_on = bool(following) and following.pop(0).continues
       if index in opened:
-        mark = np.array([_opening(part, tokenizer)], np.int32)
-        parts.append(Tokens(mark, np.zeros(1, bool), part.branch, turn))
+        mark = np.array([] if part.continues else [_opening(part, tokenizer)], np.int32)
+        parts.append(Tokens(mark, np.zeros(len(mark), bool), part.branch, turn))
       else:
         parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
       branch, answered = part.branch, part.role in ("assistant", "text")

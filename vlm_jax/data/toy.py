@@ -1,6 +1,6 @@
 """`python -m vlm_jax.data.toy [FOLDER]`: forty records in LLaVA's form, to try one's hand on.
 
-Writes `my.json` and `images/` (a square of one colour each) unless there is a `my.json` already.
+Writes `my.json` and `images/`, a square of one colour each.
 """
 
 import json
@@ -14,7 +14,10 @@ RECORDS = 40
 
 
 def write(folder: str) -> None:
-  """Writes the files below `folder`; FileExistsError when `my.json` is there."""
+  """Writes the files below `folder`; stops when there is a `my.json` already."""
+  path = os.path.join(folder, "my.json")
+  if os.path.exists(path):
+    sys.exit(f"{path} exists; move it away or name another folder")
   os.makedirs(os.path.join(folder, "images"), exist_ok=True)
   records = []
   for number in range(RECORDS):
@@ -22,7 +25,7 @@ def write(folder: str) -> None:
     Image.new("RGB", (64, 64), colour).save(os.path.join(folder, "images", name))
     records.append({"id": str(number), "image": name, "conversations": [
       {"from": "human", "value": "<image>\nwhat colour is it?"}, {"from": "gpt", "value": colour}]})
-  with open(os.path.join(folder, "my.json"), "x", encoding="utf-8") as file:
+  with open(path, "x", encoding="utf-8") as file:
     json.dump(records, file, indent=1)
 
 

@@ -74,7 +74,7 @@ class _Supply:
   """The images of a record, handed out in order."""
 
   def __init__(self, record: dict[str, Any]):
-    values = record.get("images", record.get("image"))
+    values = record.get("image") if record.get("images") is None else record["images"]
     values = values if isinstance(values, list | tuple) else [values]
     self._images = [image(value) for value in values if value is not None]
     self._used = 0

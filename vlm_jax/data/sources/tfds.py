@@ -120,15 +120,18 @@ def find(path: str) -> str:
       known = ", ".join(sorted(os.path.relpath(one, root) for one in configs))
       raise UsageError(f"{root} has several configurations: {known}; name one")
     return os.path.dirname(max(found, key=numbers))
-  name = path.rstrip("/").split("/")[0] if not os.path.isabs(path) else os.path.basename(path)
+  name, folder = path.strip("/").split("/")[0], DATA_DIR
+  if os.path.isabs(root := os.path.expanduser(path)):
+    folder, path = os.path.split(root.rstrip("/"))
+    name = path
   known = registered()
   if name in known:
     raise DataError(
-      f"TFDS knows '{name}', but {root} does not hold it prepared; prepare it where TensorFlow and "
-      f"the network are: `tfds build {path} --file_format=array_record --data_dir={DATA_DIR}`")
+      f"TFDS knows '{name}', but {folder} does not hold it prepared; prepare it where TensorFlow "
+      f"and the network are: `tfds build {path} --file_format=array_record --data_dir={folder}`")
   close = difflib.get_close_matches(name, known, n=3)
   hint = f"did you mean {' or '.join(close)}? " if close else ""
-  raise UsageError(f"source tfds: {root} does not exist and this version of TFDS has no data set "
+  raise UsageError(f"source tfds: {folder} has no '{path}' and this version of TFDS no data set "
                    f"'{name}'; {hint}name a prepared folder")
 
 
