@@ -40,6 +40,7 @@ def trainer(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   trainer = Trainer()
   monkeypatch.setattr(quickstart, "train", lambda *args, **kwargs: trainer(*args, **kwargs))
+  monkeypatch.setattr(quickstart.page, "write", lambda path, outside: f"{path}/report.html")
   monkeypatch.setattr(quickstart.prepare, "prepare", lambda *args, **kwargs: None)
   return trainer
 
@@ -50,8 +51,9 @@ def last_line(capsys) -> dict:
 
 def test_the_last_line_has_the_promised_keys(trainer, capsys):
   assert cli.main(["quickstart", "debug"]) == 0
-  line = last_line(capsys)
-  assert list(line) == KEYS
+  out = capsys.readouterr().out
+  line = json.loads(out.strip().splitlines()[-1])
+  assert list(line) == KEYS and f"report: {line['workdir']}/mixed/report.html" in out
   assert line["easy_vqa"] == 0.98 and line["easy_vqa_blind"] == 0.6
   assert line["tokens_per_second"] == 200.0 and line["token_fill"] == 0.9
   parts = dict(trainer.trained)

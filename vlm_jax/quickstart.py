@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import DataError
 from vlm_jax.data import prepare
 from vlm_jax.evals import run as evals
-from vlm_jax.train import metrics
+from vlm_jax.report import page
+from vlm_jax.train import trackers
 from vlm_jax.train.loop import train
 from vlm_jax.train.workdir import write_atomically
 
@@ -66,7 +67,7 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
     done[name] = {"row": row, "seconds": time.perf_counter() - start}
     write_atomically(path / STATE, json.dumps(done, indent=2))
   rows = {name: done[name]["row"] for name in PARTS}
-  timing = metrics.read(path / "mixed" / "timing.jsonl")
+  timing = trackers.read(path / "mixed" / "timing.jsonl")
   mean = lambda name: float(np.mean([row[name] for row in timing if name in row]))
   result = {
     "seconds": round(before + time.perf_counter() - began, 1),
@@ -80,6 +81,7 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
     "image_fill": round(mean("fill/images/images"), 4),
     "workdir": str(path),
   }
+  log(f"report: {page.write(path / 'mixed', outside=mixed.outside)}")
   check(result)
   return result
 

@@ -12,7 +12,7 @@ from benchmarks.kill_resume import Process, differences
 from tests.train import tiny_fusion
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError, NumericsError, UsageError
-from vlm_jax.train import metrics
+from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint import steps
 from vlm_jax.train.loop import train
 
@@ -34,12 +34,12 @@ def clean(tmp_path_factory, cache):
 
 
 def test_files_of_a_run(clean):
-  rows = metrics.read(clean / "metrics.jsonl")
+  rows = trackers.read(clean / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, 13))
   assert rows[-1]["loss"] < rows[0]["loss"] and len({row["batch_crc32"] for row in rows}) == 12
   assert {"loss/lm/pairs", "loss/lm/words", "grad_norm", "lr", "tokens/text", "images/images",
           "pairs/text"} <= rows[0].keys()
-  timing = metrics.read(clean / "timing.jsonl")
+  timing = trackers.read(clean / "timing.jsonl")
   assert "compile_seconds" in timing[0]
   assert {"step_seconds", "data_wait_share", "tokens/text/second", "images/images/second",
           "fill/tokens/text", "flops_empty_share"} <= timing[-1].keys()
@@ -63,7 +63,7 @@ def test_signals(clean, cache, tmp_path):
     assert process.wait() == code, process.lines
     last = steps(tmp_path / "checkpoints")[-1]
     assert any(f"stopped after step {last}, which is saved" in line for line in process.lines)
-    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["step"] == last
+    assert trackers.read(tmp_path / "metrics.jsonl")[-1]["step"] == last
   assert start(tmp_path, cache).wait() == 0
   assert differences(clean, tmp_path) == []
 
@@ -95,7 +95,7 @@ def test_full_disk(clean, cache, tmp_path):
   assert process.wait() == 0, process.lines
   assert sum("step 4 was not written, the disk is full" in line for line in process.lines) == 1
   assert steps(tmp_path / "once" / "checkpoints") == [8, 12]
-  assert metrics.read(tmp_path / "once" / "timing.jsonl")[-1]["checkpoint_failures"] == 1
+  assert trackers.read(tmp_path / "once" / "timing.jsonl")[-1]["checkpoint_failures"] == 1
   process = start(tmp_path / "end", cache, "full=12:99", "llm.width=64", "train.keep=9")
   assert process.wait() == 73, process.lines
   assert any("step 12 could not be written" in line for line in process.lines)

@@ -7,12 +7,12 @@ import numpy as np
 
 from tests.train import tiny_fusion
 from vlm_jax.core.mesh import make_mesh
-from vlm_jax.train import metrics
+from vlm_jax.train import metrics, trackers
 from vlm_jax.train import state as state_lib
 
 
-def test_rows_behind_the_checkpoint_are_cut(tmp_path):
-  writer = metrics.Writer(tmp_path, 0)
+def test_rows_behind_the_checkpoint_are_cut(config, tmp_path):
+  writer = metrics.Writer(config, tmp_path, 0)
   for step in range(1, 5):
     writer.metrics(step, {"loss": step / 3})
     writer.timing(step, {"step_seconds": 0.1})
@@ -20,9 +20,9 @@ def test_rows_behind_the_checkpoint_are_cut(tmp_path):
   whole = (tmp_path / "metrics.jsonl").read_bytes()
   with open(tmp_path / "metrics.jsonl", "a") as file:
     file.write('{"step": 5, "lo')  # killed while writing
-  writer = metrics.Writer(tmp_path, 2)
-  assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
-  assert [row["step"] for row in metrics.read(tmp_path / "timing.jsonl")] == [1, 2]
+  writer = metrics.Writer(config, tmp_path, 2)
+  assert [row["step"] for row in trackers.read(tmp_path / "metrics.jsonl")] == [1, 2]
+  assert [row["step"] for row in trackers.read(tmp_path / "timing.jsonl")] == [1, 2]
   for step in (3, 4):
     writer.metrics(step, {"loss": step / 3})
   writer.close()
@@ -77,6 +77,6 @@ def test_duration():
 
 
 def test_read_of_a_missing_file(tmp_path):
-  assert metrics.read(tmp_path / "none.jsonl") == []
+  assert trackers.read(tmp_path / "none.jsonl") == []
   (tmp_path / "x.jsonl").write_text(json.dumps({"step": 1}) + "\n{")
-  assert metrics.read(tmp_path / "x.jsonl") == [{"step": 1}]
+  assert trackers.read(tmp_path / "x.jsonl") == [{"step": 1}]

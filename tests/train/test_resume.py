@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kill_resume import KINDS, Process, differences, left_behind, run_killed
 from vlm_jax.data import prepare
-from vlm_jax.train import metrics
+from vlm_jax.train import trackers
 
 KILLS = [KINDS[1], KINDS[0], KINDS[1], KINDS[2], KINDS[1]]
 
@@ -31,7 +31,7 @@ def clean(command, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("clean")
   process = Process(command(workdir, 0), workdir)
   assert process.wait() == 0, process.lines
-  rows = metrics.read(workdir / "metrics.jsonl")
+  rows = trackers.read(workdir / "metrics.jsonl")
   assert len(rows) == 40 and len({row["batch_crc32"] for row in rows}) == 40
   return workdir
 

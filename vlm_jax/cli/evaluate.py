@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     return watch(args, names)
   if args.until is not None or args.poll is not None:
     raise UsageError("--until and --poll belong to --watch; add it")
-  config, params, step = runs.open_run(args)
+  config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
   from vlm_jax.evals.run import evaluate
 
   results = evaluate(config, params, args.workdir, step=step, names=names, split=args.split,
@@ -48,7 +48,7 @@ def watch(args: argparse.Namespace, names: list[str] | None) -> None:
   """Evaluates every checkpoint as it comes."""
   if args.step is not None:
     raise UsageError("--watch evaluates every checkpoint; leave --step out, or use --until")
-  config, load = runs.open_config(args)
+  config, load = runs.open_config(args.workdir, args.root, args.allow_outside)
   from vlm_jax.evals import watch as watching
   from vlm_jax.train.checkpoint import steps
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.generate.sampling import Sampling
 
   sampling = Sampling(args.temperature, args.top_p, args.seed)
-  config, params, step = runs.open_run(args)
+  config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
   said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
                 sampling=sampling)
   print(json.dumps({"step": step, **said}) if args.json else said["text"])

@@ -23,10 +23,17 @@ COMMANDS = {
   "predict": "vlm_jax.cli.predict",
   "score": "vlm_jax.cli.score",
   "compare": "vlm_jax.cli.compare",
+  "report": "vlm_jax.cli.report",
   "plan": "vlm_jax.cli.plan",
   "data prepare": "vlm_jax.cli.data_prepare",
   "data check": "vlm_jax.cli.data_check",
   "data inspect": "vlm_jax.cli.data_inspect",
+  "ckpt ls": "vlm_jax.cli.ckpt_ls",
+  "ckpt inspect": "vlm_jax.cli.ckpt_inspect",
+  "ckpt verify": "vlm_jax.cli.ckpt_verify",
+  "ckpt diff": "vlm_jax.cli.ckpt_diff",
+  "ckpt average": "vlm_jax.cli.ckpt_average",
+  "ckpt prune": "vlm_jax.cli.ckpt_prune",
   "quickstart": "vlm_jax.cli.quickstart",
 }
 EXIT_CODES = f"""exit codes:

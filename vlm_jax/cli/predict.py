@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.evals.requests import read_requests
 
   requests = read_requests(args.data, images=args.images, prompt=args.prompt)
-  config, params, step = runs.open_run(args)
+  config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
   from vlm_jax.evals.predict import predict
 
   def report(progress: dict) -> None:

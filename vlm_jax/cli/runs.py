@@ -1,4 +1,4 @@
-"""What `evaluate` and `generate` share: a run directory back to a config and parameters."""
+"""A run directory back to a config and parameters: for commands that use a run, and notebooks."""
 
 import argparse
 from collections.abc import Callable
@@ -20,19 +20,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 Load = Callable[[int | None], tuple[dict[str, Any], int]]
 
 
-def open_run(args: argparse.Namespace) -> tuple[ConfigDict, dict[str, Any], int]:
+def open_run(workdir: str, step: int | None = None, root: str | None = None,
+             outside: bool = False) -> tuple[ConfigDict, dict[str, Any], int]:
   """The frozen config, the verified parameters of a checkpoint on one device, and its step.
+
+  Args:
+    workdir: run directory.
+    step: of the checkpoint, None: the newest.
+    root: prepared data, None: where the run's config says.
+    outside: let the frozen config name modules outside vlm_jax.
 
   Raises:
     UsageError: not a run directory, or no such checkpoint.
     DataError: the checkpoint is damaged.
   """
-  config, load = open_config(args)
-  params, step = load(args.step)
+  config, load = open_config(workdir, root, outside)
+  params, step = load(step)
   return config, params, step
 
 
-def open_config(args: argparse.Namespace) -> tuple[ConfigDict, Load]:
+def open_config(workdir: str, root: str | None = None,
+                outside: bool = False) -> tuple[ConfigDict, Load]:
   """The frozen config, and what reads the parameters of a step (None: the newest).
 
   Nothing in the run directory is locked or written, so a training process is not disturbed.
@@ -42,9 +50,9 @@ def open_config(args: argparse.Namespace) -> tuple[ConfigDict, Load]:
   """
   from vlm_jax.train.workdir import load_config
 
-  config = load_config(args.workdir, outside=args.allow_outside)
-  if args.root:
-    config.data.root = args.root
+  config = load_config(workdir, outside=outside)
+  if root:
+    config.data.root = root
   import jax
 
   from vlm_jax.configs import base
@@ -57,7 +65,7 @@ def open_config(args: argparse.Namespace) -> tuple[ConfigDict, Load]:
   loop.set_up_cache(config)
   _, leaves = state.initializer(find_fusion(config), config)
   abstract = state.abstract_params(leaves, make_mesh(config, jax.devices()[:1]))
-  return config.lock(), lambda step: load_params(checkpoints(args.workdir), abstract, step)
+  return config.lock(), lambda step: load_params(checkpoints(workdir), abstract, step)
 
 
 def checkpoints(workdir: str) -> Path:

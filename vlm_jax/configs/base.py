@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # parameters, shuffling, layouts and augmentation are functions of it
   config.outside = True  # modules outside vlm_jax may be named (False when read from a checkpoint)
+  config.profile = ""  # "steps:10-15" writes a trace of these steps into the run directory
 
   config.fusion = ConfigDict(
     dict(
@@ -137,6 +138,7 @@ def get_config(arg: str = "") -> ConfigDict:
       keep=2,  # newest checkpoints kept
       keep_every=0,  # also keep every n-th step for ever (0: none)
       eval_every=0,  # in-loop evaluation every n steps (0: at the end only)
+      trackers=("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb (offline by default)
       compilation_cache="",  # folder of the persistent compilation cache; "": below data.root
     )
   )

@@ -47,7 +47,7 @@ class Checkpoints:
   """
 
   def __init__(self, path: Path, keep: int, keep_every: int = 0, report: Callable = print):
-    _quiet()
+    quiet()
     self.path, self._report = path, report
     self.failures = 0
     self._pending: int | None = None
@@ -125,7 +125,7 @@ class Checkpoints:
       try:
         tree = {"params": abstract.params,
                 "optimizer": {"step": abstract.step, "state": abstract.opt_state}}
-        tree, data, meta = _read(self._manager, step, tree)
+        tree, data, meta = read(self._manager, step, tree)
         optimizer = tree["optimizer"]
         return State(optimizer["step"], tree["params"], optimizer["state"]), data, meta
       except Corrupt as error:
@@ -171,6 +171,15 @@ def steps(path: Path) -> list[int]:
   return sorted(int(child.name) for child in path.iterdir() if child.name.isdigit())
 
 
+def choose(path: Path, step: int | None) -> int:
+  """`step`, or the newest one; a UsageError lists the steps there are when it is not there."""
+  known = steps(path) if path.is_dir() else []
+  if not known or step is not None and step not in known:
+    raise UsageError(f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; "
+                     f"it has {', '.join(map(str, known)) or 'none'}")
+  return known[-1] if step is None else step
+
+
 def load_params(path: Path, abstract: Params, step: int | None = None) -> tuple[Params, int]:
   """The parameters of a checkpoint, verified, without the optimizer: for evaluation and export.
 
@@ -183,15 +192,11 @@ def load_params(path: Path, abstract: Params, step: int | None = None) -> tuple[
     UsageError: there is no such checkpoint, or it is of another model.
     DataError: it is damaged.
   """
-  _quiet()
-  known = steps(path) if path.is_dir() else []
-  if not known or step is not None and step not in known:
-    raise UsageError(f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; "
-                     f"it has {', '.join(map(str, known)) or 'none'}")
-  step = known[-1] if step is None else step
+  quiet()
+  step = choose(path, step)
   manager = ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
   try:
-    tree, _, _ = _read(manager, step, {"params": abstract})
+    tree, _, _ = read(manager, step, {"params": abstract})
   except Corrupt as error:
     raise DataError(f"checkpoint {path / str(step)} is damaged ({error}); name an older one with "
                     "--step") from error
@@ -239,9 +244,22 @@ def _text_digest(value: Any) -> str:
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dict, dict, dict]:
-  """Reads and verifies the items of `abstract` and both documents."""
-  json_item = lambda name: _orbax(manager, step, name, ocp.args.JsonRestore())
+def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dict, dict, dict]:
+  """Reads and verifies some items of a checkpoint, and both documents.
+
+  Args:
+    manager: of the directory.
+    step: which checkpoint.
+    abstract: item ("params", "optimizer") to a tree of shapes, dtypes and shardings.
+
+  Returns:
+    The items, the loader's state and the meta data.
+
+  Raises:
+    Corrupt: something is not what was written.
+    UsageError: the checkpoint is sound and of another model.
+  """
+  json_item = lambda name: read_item(manager, step, name, ocp.args.JsonRestore())
   manifest = json_item("manifest")
   own = manifest.pop("digest", None) if isinstance(manifest, dict) else None
   if own is None or own != _text_digest(manifest):
@@ -251,7 +269,7 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[di
     if _text_digest(value) != manifest["documents"][name]:
       raise Corrupt(f"'{name}' is not what was written")
   _same_model(manifest["arrays"], abstract, step)
-  tree = {name: _orbax(manager, step, name, ocp.args.StandardRestore(item))
+  tree = {name: read_item(manager, step, name, ocp.args.StandardRestore(item))
           for name, item in abstract.items()}
   found = make_manifest(tree, {})["arrays"]
   for name, entry in found.items():
@@ -260,7 +278,8 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[di
   return tree, documents["data"], documents["meta"]
 
 
-def _orbax(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -> Any:
+def read_item(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -> Any:
+  """One item of a checkpoint as Orbax reads it, not verified; Corrupt when it cannot."""
   try:
     return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
   except OURS:
@@ -285,7 +304,7 @@ def _same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:
                        f"needs {list(leaf.shape)}; the code or config is not the one that wrote it")
 
 
-def _quiet() -> None:
+def quiet() -> None:
   """Keeps tracebacks of failures that are handled here off the terminal.
 
   Orbax logs the error of every thread on its way up, and event loops that it closed after an error

@@ -26,8 +26,10 @@ from vlm_jax.core.tree import flatten, unite
 from vlm_jax.core.typing import Params
 from vlm_jax.train import metrics as metrics_lib
 from vlm_jax.train import state as state_lib
+from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.optimizer import count, make_optimizer, state_bytes
+from vlm_jax.train.profile import Profile
 from vlm_jax.train.signals import Signals
 from vlm_jax.train.state import State
 from vlm_jax.train.step import Numbers, make_step, place
@@ -54,8 +56,11 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
   """
   if config.train.keep < 1:
     raise UsageError(f"config.train.keep is {config.train.keep}; keep at least 1 checkpoint")
+  trackers.check(config)
+  profile = Profile(config.profile, Path(workdir))
   set_up_cache(config)
   with contextlib.ExitStack() as stack:
+    stack.callback(profile.close)
     signals = stack.enter_context(Signals())
     work = stack.enter_context(Workdir(workdir, config))
     progress = metrics_lib.Progress(config.train.steps)
@@ -108,7 +113,10 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
       run.clock.step(time.perf_counter() - waiting)
       batch = place(flat, mesh)
       jax.block_until_ready(numbers)  # one step in flight, not a queue of batches
-      state, numbers = step_function(state, batch)
+      profile.before(step, numbers)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, numbers = step_function(state, batch)
+      profile.after(step, numbers)
 
       last, stop = step == config.train.steps, run.should_stop(step, signals)
       log = last or step % config.train.log_every == 0
@@ -133,7 +141,7 @@ class Run:
 
   def __init__(self, config, path, leaves, shapes, mesh, checkpoints, progress, evaluate, first):
     self.config, self.path, self.checkpoints, self.progress = config, path, checkpoints, progress
-    self.writer, self.clock = metrics_lib.Writer(path, first), metrics_lib.Clock()
+    self.writer, self.clock = metrics_lib.Writer(config, path, first), metrics_lib.Clock()
     self._work = metrics_lib.Work(config, leaves, shapes)
     self._evaluate = evaluate
     self._sources = sorted(config.data.sources)
@@ -210,14 +218,14 @@ class Run:
     self.clock.reset()
 
   def _evaluated(self, step: int) -> bool:
-    rows = metrics_lib.read(self.path / "metrics.jsonl")
+    rows = trackers.read(self.path / "metrics.jsonl")
     here = any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in rows)
     return bool(np.all(gather(here)))
 
   def result(self) -> dict[str, Any]:
     """The last logged row, joined with the last evaluation's."""
     joined: dict[str, Any] = {}
-    for row in metrics_lib.read(self.path / "metrics.jsonl"):
+    for row in trackers.read(self.path / "metrics.jsonl"):
       joined |= row
     return joined
 

@@ -1,13 +1,11 @@
-"""Numbers of a run, in files, in TensorBoard and on the terminal.
+"""Numbers of a run, in files, in trackers and on the terminal.
 
 `metrics.jsonl` holds what is a function of the config alone (losses, gradient norm, checksum of the
 batch): a run that was killed and resumed has the same bytes in it as one that was not.
 `timing.jsonl` holds the rest: speed, waiting, occupancy. Rows are in step order.
 """
 
-import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -19,100 +17,63 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError
+from vlm_jax.train import trackers
 from vlm_jax.train.state import Leaf
 from vlm_jax.train.step import Numbers
-from vlm_jax.train.workdir import write_atomically
 
 
 class Writer:
-  """Appends rows to the files of a run and drops those of steps that will be done again.
+  """Sends the rows of a run to its files and trackers.
 
   Args:
+    config: of the run; `train.trackers`.
     path: the run directory.
     step: the step the run continues from; rows behind it are taken away.
 
   Only the first host writes.
   """
 
-  def __init__(self, path: Path, step: int):
+  def __init__(self, config: ConfigDict, path: Path, step: int):
     self._path = path
-    self._first = jax.process_index() == 0
-    if not self._first:
+    self._files: dict[str, trackers.Jsonl] = {}
+    self._trackers: list[trackers.Tracker] = []
+    if jax.process_index() != 0:
       return
     try:
-      for name in ("metrics.jsonl", "timing.jsonl"):
-        _cut(path / name, step)
-      self._files = {name: open(path / name, "a") for name in ("metrics.jsonl", "timing.jsonl")}
-      self._board = _board(path, step)
+      self._files = {name: trackers.Jsonl(path / f"{name}.jsonl", step)
+                     for name in ("metrics", "timing")}
+      self._trackers = trackers.make(config, path, step)
     except OSError as error:
       raise self._full(error) from error
 
   def metrics(self, step: int, row: dict[str, Any]) -> None:
     """A row that is a function of the config."""
-    self._write("metrics.jsonl", step, row)
+    self._write("metrics", step, row)
 
   def timing(self, step: int, row: dict[str, Any]) -> None:
     """A row of measurements."""
-    self._write("timing.jsonl", step, row)
+    self._write("timing", step, row)
 
   def _write(self, name: str, step: int, row: dict[str, Any]) -> None:
-    if not self._first:
-      return
     try:
-      self._files[name].write(json.dumps({"step": step, **row}) + "\n")
-      self._files[name].flush()  # to the kernel: a killed process loses nothing it has logged
-      for key, value in row.items():
-        if isinstance(value, (int, float)) and math.isfinite(value):
-          self._board.add_scalar(key, value, step)
+      for tracker in ([self._files[name]] if self._files else []) + self._trackers:
+        tracker.log(step, row)
     except OSError as error:
       raise self._full(error) from error
 
   def sync(self) -> None:
     """Forces the rows to the disk; called before a checkpoint that must not be ahead of them."""
-    if self._first:
-      for file in self._files.values():
-        os.fsync(file.fileno())
+    for file in self._files.values():
+      file.sync()
 
   def close(self) -> None:
     """Closes all files."""
-    if self._first:
-      for file in self._files.values():
-        file.close()
-      self._board.close()
+    for tracker in (*self._files.values(), *self._trackers):
+      tracker.close()
 
   def _full(self, error: OSError) -> DiskError:
     return DiskError(f"metrics cannot be written to {self._path} ({error.strerror}); free space "
                      "and start again: the run goes on from the newest checkpoint")
-
-
-def _board(path: Path, step: int) -> Any:
-  """A TensorBoard writer, without the torch that tensorboardX imports where it finds it."""
-  hidden = "torch" not in sys.modules
-  if hidden:
-    sys.modules["torch"] = None  # makes `import torch` an ImportError, which tensorboardX expects
-  try:
-    from tensorboardX import SummaryWriter
-  finally:
-    if hidden:
-      del sys.modules["torch"]
-  return SummaryWriter(str(path), purge_step=step + 1 if step else None, flush_secs=30)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-  """The rows of a jsonl file; a last line that was cut off by a kill is left out."""
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      break
-  return rows
-
-
-def _cut(path: Path, step: int) -> None:
-  if path.exists():
-    lines = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= step]
-    write_atomically(path, "".join(lines))
 
 
 def row_of(numbers: Numbers, sources: list[str], flat: dict[str, np.ndarray]) -> dict[str, Any]:

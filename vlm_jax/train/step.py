@@ -62,7 +62,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
 
   def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
     output = model.apply({"params": merge(params, moved)}, batch, rng=rng)
-    sums = module.losses(output, batch, config)
+    with jax.named_scope("loss"):
+      sums = module.losses(output, batch, config)
     return sum(jnp.sum(scale[name] * sums[name]) for name in scale), {n: sums[n] for n in scale}
 
   def step(state: State, flat: dict[str, Array]) -> tuple[State, Numbers]:
@@ -86,8 +87,9 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
       micros = {path: _split(array, parts, mesh) for path, array in flat.items()}
       (sums, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), micros))
 
-    grads = optimizer.mask(grads)
-    moved, opt_state = optimizer.apply(grads, state.opt_state, moved)
+    with jax.named_scope("optimizer"):
+      grads = optimizer.mask(grads)
+      moved, opt_state = optimizer.apply(grads, state.opt_state, moved)
     numbers = Numbers(
       total=sum(jnp.sum(scale[name] * sums[name]) for name in scale),
       losses={name: sums[name] * _inverse(weights[name]) for name in scale},

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from vlm_jax.core.errors import DiskError, RetryError, UsageError
 # What may change between two starts of one run: nothing the data or the arithmetic depend on.
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
 FREE = ("data.workers", "data.prefetch", "train.log_every", "train.compilation_cache", "train.keep",
-        "mesh.data", "mesh.fsdp", "mesh.tensor")
+        "train.trackers", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -45,7 +45,7 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
-        self._lock = _lock(self.path / "LOCK")
+        self._lock = lock(self.path / "LOCK")
     except OSError as error:
       raise _disk_error(self.path, error) from error
     try:
@@ -147,7 +147,12 @@ def environment() -> dict[str, Any]:
   }
 
 
-def _lock(path: Path):
+def lock(path: Path) -> TextIO:
+  """Takes the lock of a run directory; closing the file, or the process, gives it back.
+
+  Raises:
+    RetryError: another process holds it.
+  """
   file = open(path, "a+")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

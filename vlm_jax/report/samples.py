@@ -1,0 +1,113 @@
+"""Questions of an evaluation with their pictures, answers, and what the controls answered."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PIL
+
+from vlm_jax.core.document import Image
+from vlm_jax.core.errors import UserError
+from vlm_jax.data import images, pipeline
+from vlm_jax.data.bad import BadExample
+from vlm_jax.report.html import Html, figure, picture, tag
+from vlm_jax.report.run import Run
+
+COUNT, WRONG = 12, 4  # samples shown, of which at most so many that are wrong
+SIDE = 144  # pixels of the longer side of a picture
+CONTROLS = {"none": "without the picture", "shuffled": "with another picture"}
+
+
+def section(run: Run, label: str, numbers: dict[str, Any]) -> Html | None:
+  """Samples of one evaluation; None when it left no predictions of answers."""
+  rows = read(run.path / "predictions" / f"{label}.jsonl")
+  if not rows or "prediction" not in rows[0]:
+    return None
+  controls = {}
+  for name in numbers.get("controls", {}):
+    found = read(run.path / "predictions" / f"{label}_{name}.jsonl")
+    controls[name] = {row["key"]: row for row in found}
+  chosen = choose(rows)
+  shown, missing = pictures(run, numbers, {row["document"] for row in chosen})
+  cards = [card(row, controls, shown.get(row["document"])) for row in chosen]
+  note = tag("p", f"Pictures are not shown: {missing}") if missing else ""
+  return Html(note + tag("div", cards, class_="cards"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The rows of a predictions file, [] without one."""
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] \
+    if path.exists() else []
+
+
+def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """A few wrong ones and some right ones, spread over the file, each of another document."""
+
+  def spread(candidates: list, count: int, used: set) -> list:
+    picked = []
+    stride = max(len(candidates) // max(count, 1), 1)
+    for row in [*candidates[::stride], *candidates]:
+      if len(picked) < count and row["document"] not in used:
+        picked.append(row)
+        used.add(row["document"])
+    return picked
+
+  used: set[str] = set()
+  wrong = spread([row for row in rows if row["score"] < 1], WRONG, used)
+  right = spread([row for row in rows if row["score"] >= 1], COUNT - len(wrong), used)
+  more = spread([row for row in rows if row["score"] < 1], COUNT - len(wrong) - len(right), used)
+  return [*wrong, *more, *right]
+
+
+def pictures(run: Run, numbers: dict[str, Any], keys: set[str]) -> tuple[dict[str, Any], str]:
+  """The first picture of some documents, and why there are none."""
+  if numbers.get("images") == "none":
+    return {}, "this evaluation asks without them."
+  entry = next((entry for entry in run.config.evals.values()
+                if entry.source == numbers["source"]), None)
+  found: dict[str, Any] = {}
+  try:
+    source = run.config.data.sources[numbers["source"]]
+    form = entry.form if entry is not None and entry.form else source.form
+    documents = pipeline.documents(run.config, numbers["source"], numbers["split"], form,
+                                   numbers.get("images", "real"))
+    for document in documents:
+      if document.key in keys and document.key not in found:
+        parts = [part for part in document.parts if isinstance(part, Image)]
+        if parts:
+          found[document.key] = thumbnail(parts[0])
+      if len(found) == len(keys):
+        break
+  except (UserError, KeyError) as error:
+    return {}, f"{str(error).rstrip('.')}."
+  return found, ""
+
+
+def thumbnail(image: Image) -> PIL.Image | None:
+  """A small copy of few colours; None for a file that cannot be read."""
+  try:
+    pixels = images.decode(image.data) if isinstance(image.data, bytes) else image.data
+  except BadExample:
+    return None
+  small = PIL.fromarray(pixels)
+  small.thumbnail((SIDE, SIDE))
+  return small.quantize(64)
+
+
+def card(row: dict[str, Any], controls: dict[str, dict], image: PIL.Image | None) -> Html:
+  """One question."""
+  right = row["score"] >= 1
+  answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right else "no")
+  lines = [tag("p", row["question"], class_="asked"), answer]
+  if not right:
+    truth = ", ".join(dict.fromkeys(row["answers"]))
+    lines.append(tag("p", "truth: ", tag("b", truth)))
+  if "log_prob" in row:
+    lines.append(tag("p", f"log-probability {figure(row['log_prob'])}", class_="muted"))
+  for name, rows in controls.items():
+    if row["key"] in rows:
+      said = rows[row["key"]]
+      lines.append(tag("p", f"{CONTROLS.get(name, name)}: ", said["prediction"] or "(nothing)",
+                       class_="muted"))
+  body = [picture(image, "the picture asked about", class_="pixel")] if image else []
+  return tag("div", *body, tag("div", lines), class_="card", title=row["key"])
