@@ -23,7 +23,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
 from vlm_jax.data import check, pipeline, prepare, sources, toy
 from vlm_jax.data import records as prepared
-from vlm_jax.train import metrics
+from vlm_jax.train import trackers
 from vlm_jax.train.loop import train
 
 KINDS = {name: "messages" if name in ("data urls", "marks") else name.split()[0]
@@ -56,8 +56,9 @@ def test_what_it_says_is_what_training_does(own, folder, records):  # noqa: F811
   config.data.bad_limit = 1.0
   packed = [info["documents"]["mine"] for _, info, _ in steps(config, 4)]
   assert epoch == pytest.approx(12 / np.mean(packed), rel=0.5) and epoch > 1
-  some, _ = check.check(config, "mine", examples=0, limit=7)
-  assert "the first 7 read" in some and "row 0" not in some
+  some, _ = check.check(config, "mine", examples=0, limit=2)
+  assert "the first 2 read" in some and "row 0" not in some and "fill" not in some
+  assert float(re.search(r"about ([\d.]+) steps", some)[1]) == pytest.approx(epoch, rel=0.6)
 
 
 def test_the_command(folder, records, tmp_path, capsys, monkeypatch):  # noqa: F811
@@ -137,7 +138,7 @@ def test_trains_from_a_tfds_data_set(root, folder, tmp_path):  # noqa: F811
     name="tfds", path=written.tfds(folder, "trained_from", features, rows), split="train[:90%]")
   config.train.update(steps=2, log_every=1)
   train(config, tmp_path / "run")
-  made = metrics.read(tmp_path / "run" / "metrics.jsonl")
+  made = trackers.read(tmp_path / "run" / "metrics.jsonl")
   losses = [row["loss/lm/mine"] for row in made]
   assert len(losses) == 2 and np.isfinite(losses).all() and losses[0] != losses[1]
   assert all(row["images/images"] > 0 for row in made)

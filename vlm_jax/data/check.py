@@ -126,17 +126,17 @@ class _Packs:
     """The first step, and histograms, loss and steps; `scale`: all records over those read."""
     self._build()
     *full, last = self._fills  # the last step is not full
-    fill = {axis: np.mean([one[axis] for one in full or [last]]) for axis in last}
-    fullest = max(fill, key=lambda axis: fill[axis])
-    steps = (len(full) + last[fullest] / fill[fullest]) * scale
+    fill = {axis: float(np.mean([one[axis] for one in full])) if full else 1.0 for axis in last}
+    fullest = max(last, key=lambda axis: last[axis] / max(fill[axis], 1e-9))
+    steps = (len(full) + last[fullest] / max(fill[fullest], 1e-9)) * scale
+    shares = ", ".join(f"{axis} {share:.2f}" for axis, share in fill.items())
     slots, data = sum(self.slots), self._data
     return self._first, [
       "slots of a sequence, text and images:", *inspect.histogram(self.slots),
       "images of a sequence:", *inspect.histogram(self._images),
       f"predicted: {self._predicted:,} of {slots:,} slots ({self._predicted / slots:.1%})",
       f"one epoch of this source alone: about {steps:,.1f} steps of {data.rows} rows, "
-      f"{data.tokens} slots and {data.images} images each; fill "
-      + ", ".join(f"{axis} {share:.2f}" for axis, share in fill.items())]
+      f"{data.tokens} slots and {data.images} images each" + (f"; fill {shares}" if full else "")]
 
 
 def _with_tokenizer(config: ConfigDict, folder: str) -> ConfigDict:
