@@ -27,8 +27,11 @@ def fixed_matmul() -> float:
   return float(np.median([seconds(lambda: left @ right) for _ in range(15)]))
 
 
-def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict:
+def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS,
+            ready: Callable[[str], object] = lambda name: None) -> dict:
   """Runs the sides in turn, `rounds` times, after one call of each that is not counted.
+
+  `ready` is called with a side's name before each of its calls and not timed.
 
   Returns:
     {"seconds": {side: [one time a round]}, "best": {side: minimum},
@@ -41,6 +44,7 @@ def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dic
   times: dict[str, list[float]] = {name: [] for name in sides}
   for _ in range(rounds):
     for name, step in sides.items():
+      ready(name)
       times[name].append(seconds(step))
   after = fixed_matmul()
   return {
