@@ -79,12 +79,17 @@ def rotate(document: Document, choice: Choice, shift: int) -> Document:
   """The document with its options listed from option `shift` on, and letters for answers.
 
   The option of branch k stands at place k - shift of the list, and its letter is the answer.
+
+  Raises:
+    UsageError: more options than letters.
   """
-  count = len(choice.options)
-  letters = string.ascii_uppercase
+  count, letters = len(choice.options), string.ascii_uppercase
+  if count > len(letters):
+    raise UsageError(f"document {choice.key} has {count} options, more than there are letters; set "
+                     "the evaluation's options to 'text'")
   listed = [choice.options[(place + shift) % count] for place in range(count)]
   lines = [choice.question, *(f"{letter}. {option}" for letter, option in
-                              zip(letters, listed, strict=False)), INSTRUCTION]
+                              zip(letters[:count], listed, strict=True)), INSTRUCTION]
   ends = {id(parts[-1]): (number - shift) % count
           for number, parts in enumerate(branches(document).values())}
 
