@@ -58,6 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
       std=(0.5, 0.5, 0.5),
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
+      depths=(3, 4, 23),  # resnet: blocks of every stage; its width is that of the first
+      norm="group",  # resnet: "group" from scratch, "frozen" for imported batch-norm statistics
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
     )

@@ -62,9 +62,15 @@ class Features:
   pooled: Array | None = None
 
 
+FROZEN = "frozen_"  # how names of leaves begin that no stage trains (imported statistics)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of training: which parameters move, by path pattern (see train.optimizer)."""
+  """One stage of training: which parameters move, by path pattern (see train.optimizer).
+
+  Leaves whose names begin with `FROZEN` never do, whatever a pattern says.
+  """
 
   name: str
   trainable: tuple[str, ...]

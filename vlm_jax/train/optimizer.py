@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Stage
+from vlm_jax.core.fusion import FROZEN, Stage
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -156,6 +156,8 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   frozen = _match(tuple(config.optim.frozen), leaves, "config.optim.frozen")
   result = {}
   for path, choice in chosen.items():
+    if path.rsplit("/", 1)[-1].startswith(FROZEN):
+      continue
     choice = choice & ~frozen[path] if path in frozen else choice
     if np.any(choice):
       whole = bool(np.all(choice))
