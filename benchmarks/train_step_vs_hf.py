@@ -25,8 +25,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Experimental, but XLA's fastest on CPUs: about a tenth of a step less than its default.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=dot")
 
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import torchvision_cpu
+
+torchvision_cpu.install()
 
 import numpy as np
 import ours

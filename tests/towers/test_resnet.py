@@ -10,7 +10,6 @@ import torch
 from flax.core import meta
 from ml_collections import FrozenConfigDict
 
-from tests import torchvision_cpu  # noqa: F401  (before timm)
 from vlm_jax.configs import base
 from vlm_jax.convert import table
 from vlm_jax.core.errors import UsageError

@@ -87,6 +87,11 @@ def get_config(arg: str = "") -> ConfigDict:
       norm_eps=1e-5,
       activation="silu",
       tie_embeddings=True,
+      encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
+      positions=0,  # encoder_decoder: learned positions of a document on each side, 0: none
+      norm="rms",  # encoder_decoder: "layer" or "rms"
+      feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
+      linear_bias=False,  # encoder_decoder: biases in all linear layers
       remat="none",
       unroll=1,
     )

@@ -25,11 +25,19 @@ from vlm_jax.core.typing import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of every layer: k, v f[L,B,S,G,C]; `length` i32[], columns written so far."""
+  """Keys and values of every layer.
+
+  Attributes:
+    k, v: f[L,B,S,G,C], of the stream that speaks.
+    length: i32[], columns written so far.
+    memory: the same two of the slots that cross-attention reads, made by the first call; None
+      before it, and in models that read one stream.
+  """
 
   k: Array
   v: Array
   length: Array
+  memory: tuple[Array, Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -130,12 +138,14 @@ class Connector(Protocol):
 class LanguageModel(Protocol):
   """What a module in `vlm_jax/llm` offers.
 
-  Model(config.llm, config.attention, precision) has the methods embed(tokens i32[B,T]) -> f[B,T,D]
-  and __call__(x f[B,T,D], positions i32[B,T], mask, cache=None) -> Output. `config` below is
-  `config.llm`.
+  Model(config.llm, config.attention, precision) returns an Output. How it is called depends on
+  KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
+  positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
+  `config` below is `config.llm`.
   """
 
   Model: type
+  KIND: str
 
   def empty_cache(self, config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:
     """A cache of S = `columns` with nothing in it."""
@@ -187,6 +197,14 @@ def find_connector(config: ConfigDict) -> Connector:
   return cast(Connector, find("connectors", config.connector.name, outside=config.outside))
 
 
-def find_llm(config: ConfigDict) -> LanguageModel:
-  """The language model of `config.llm.name`, typed."""
-  return cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
+def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
+  """The language model of `config.llm.name`, typed.
+
+  Raises:
+    UsageError: `kind` is given and the model is of another kind.
+  """
+  module = cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
+  if kind and module.KIND != kind:
+    raise UsageError(f"config.llm.name '{config.llm.name}' is a {module.KIND} model; "
+                     f"config.fusion.name '{config.fusion.name}' needs one of kind {kind}")
+  return module

@@ -198,7 +198,7 @@ class Model(nn.Module):
     del rng
     config, dtypes = self.config, precision(self.config)
     text, mask = batch.streams["text"], batch.masks["text"]
-    language = find_llm(config)
+    language = find_llm(config, "decoder")
     if reason := language.supports(mask):
       raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
                        f"'{config.fusion.name}': {reason}")
