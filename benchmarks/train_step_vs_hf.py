@@ -32,10 +32,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests import torchvision_cpu
-
-torchvision_cpu.install()
-
 import numpy as np
 import ours
 import protocol
@@ -43,12 +39,16 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
+from tests import torchvision_cpu
 from vlm_jax.configs import base
 from vlm_jax.convert import llava
 from vlm_jax.core import fusion
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.layout import Layout
+
+torchvision_cpu.install()  # transformers reads its models when they are named
+
 
 DOCUMENTS = 16  # of one image each
 ROW = 256  # slots of a row

@@ -1,7 +1,7 @@
 """Lets timm and transformers import torchvision beside the CPU build of torch.
 
-torchvision's only wheel is built for CUDA; elsewhere its operators do not load, and importing it ends
-at "operator torchvision::nms does not exist". Declaring the two that it registers is enough.
+torchvision's only wheel is built for CUDA; elsewhere its operators do not load, and importing it
+ends at "operator torchvision::nms does not exist". Declaring the two that it registers is enough.
 """
 
 import importlib.abc
