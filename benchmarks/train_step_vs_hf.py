@@ -49,7 +49,6 @@ from vlm_jax.core.layout import Layout
 
 torchvision_cpu.install()  # transformers reads its models when they are named
 
-
 DOCUMENTS = 16  # of one image each
 ROW = 256  # slots of a row
 TEXT = (16, ROW - 64)  # tokens of text per document, uniform

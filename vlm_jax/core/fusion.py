@@ -205,6 +205,6 @@ def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
   """
   module = cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
   if kind and module.KIND != kind:
-    raise UsageError(f"config.llm.name '{config.llm.name}' is a {module.KIND} model; "
-                     f"config.fusion.name '{config.fusion.name}' needs one of kind {kind}")
+    raise UsageError(f"config.llm.name '{config.llm.name}' is of kind '{module.KIND}'; "
+                     f"config.fusion.name '{config.fusion.name}' needs a '{kind}'")
   return module
