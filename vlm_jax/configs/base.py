@@ -111,6 +111,7 @@ def get_config(arg: str = "") -> ConfigDict:
       sources=ConfigDict(),  # name to source(...)
       rows=16,  # packed rows of one step, over all hosts
       tokens=512,  # slots of a row's text axis
+      decoder_tokens=0,  # encoder-decoders: slots of the decoder's axis, 0: one more than tokens
       images=4,  # image slots of a row
       window=0,  # longest piece of a text-only document in tokens, 0: a whole row
       shards=1,  # logical data shards, divisible by every number of hosts you will use

@@ -46,7 +46,7 @@ class Output:
   """What a fusion returns.
 
   Attributes:
-    hidden: f[B,T,D], after the last norm.
+    hidden: f[B,T,D] of the stream that speaks, after the last norm.
     head: f[D,V], the vocabulary projection (the transposed embedding when tied).
     cache: the cache with this call's keys and values appended, or None.
   """
@@ -89,6 +89,7 @@ class Fusion(Protocol):
 
   Model: type
   STAGES: tuple[Stage, ...]
+  STREAM: str  # the stream that speaks: its slots are predicted, and `Output.hidden` is theirs
 
   def axes(self, config: ConfigDict) -> dict[str, int]:
     """The capacity of every axis of one packed row."""

@@ -16,7 +16,7 @@ from vlm_jax.core.typing import Array, Params
 from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import Bad, BadExample, Tally
 from vlm_jax.evals.bootstrap import interval
-from vlm_jax.generate.prompts import STREAM, by_length, stack
+from vlm_jax.generate.prompts import by_length, stack
 from vlm_jax.ops.losses import token_log_likelihoods
 
 BUCKET = 128
@@ -25,12 +25,12 @@ OBJECTIVE = "lm"
 
 @functools.partial(jax.jit, static_argnames="config")
 def log_likelihoods(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Array:
-  """log p(target), f32[B,T], of the slots of a batch that have a loss, 0 elsewhere."""
-  batch = from_flat(flat)
-  output = find_fusion(config).Model(config).apply({"params": params}, batch)
-  text = batch.streams[STREAM]
-  wanted = text.loss_weights[OBJECTIVE] > 0
-  return token_log_likelihoods(output.hidden, output.head, text.targets, wanted)
+  """log p(target), f32[B,T], of the slots that have a loss, 0 at others."""
+  batch, module = from_flat(flat), find_fusion(config)
+  output = module.Model(config).apply({"params": params}, batch)
+  stream = batch.streams[module.STREAM]
+  wanted = stream.loss_weights[OBJECTIVE] > 0
+  return token_log_likelihoods(output.hidden, output.head, stream.targets, wanted)
 
 
 def documents(
@@ -87,11 +87,11 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str) -> tu
   tally = Tally(entry.source, config.data.bad_limit)
   pairs = documents(config, entry, split, tally)
   laid_out = [layout for _, layout in pairs]
-  losses, groups = [], []
+  losses, groups, stream = [], [], find_fusion(config).STREAM
   for chosen in by_length(laid_out, entry.batch):
     flat = stack([laid_out[i] for i in chosen], config, rows=entry.batch, bucket=BUCKET).flat
     log_p = np.asarray(log_likelihoods(FrozenConfigDict(config), params, flat))
-    weight = flat[f"streams/{STREAM}/loss_weights/{OBJECTIVE}"]
+    weight = flat[f"streams/{stream}/loss_weights/{OBJECTIVE}"]
     for row, index in enumerate(chosen):
       mine = -log_p[row][weight[row] > 0]
       losses.append(mine)

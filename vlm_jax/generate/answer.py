@@ -16,7 +16,7 @@ from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import REASONS, BadExample
 from vlm_jax.generate.decode import generate
-from vlm_jax.generate.prompts import STREAM, layouts, stack
+from vlm_jax.generate.prompts import layouts, slots, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few programs are compiled
@@ -59,7 +59,7 @@ def answer(
   pictures = tuple(_read(path, decode_image) for path in images)
   # A model that learned from fan-out documents is asked as it was taught: in a branch.
   module = find_fusion(config)
-  branch = int(f"masks/{STREAM}/q_class" in module.fields(config))
+  branch = int(f"masks/{module.STREAM}/q_class" in module.fields(config))
   parts = (*pictures, Text(prompt, "user", branch=branch), Text("", "assistant", branch=branch))
   encoded = template.encode_prompt(Document(parts, "", "prompt"), tokenizer, decode_image)
   laid_out = layouts([encoded], config)
@@ -72,7 +72,7 @@ def answer(
     "tokens": tokens,
     "log_prob": float(np.asarray(said.log_probs)[0, 0].sum()),
     "stopped": bool(said.stopped[0, 0]),
-    "prompt_tokens": laid_out[0].sizes[STREAM],
+    "prompt_tokens": slots(laid_out[0]),
     "image_tokens": len(pictures) * len(module.rows(config)),
     "seconds": time.perf_counter() - start,
   }
