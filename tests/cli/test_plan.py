@@ -48,13 +48,14 @@ def test_frozen_parameters_have_no_moments(config):
 
 def test_kernels_say_why_not(config):
   rows = plan.kernels(config)
-  assert rows["llm"]["length"] == config.data.tokens
+  assert rows["text"]["length"] == rows["text"]["keys"] == config.data.tokens
+  assert set(rows) == {"text", "tower"}
   for row in rows.values():
     assert row["implementation"] not in row["refused"]
     assert all(reason for reason in row["refused"].values())
   with config.unlocked():
     config.attention.implementation = "dense"
-  assert plan.kernels(config)["llm"]["implementation"] == "dense"
+  assert plan.kernels(config)["text"]["implementation"] == "dense"
   config.attention.implementation = "auto"
 
 

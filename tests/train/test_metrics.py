@@ -48,7 +48,7 @@ def test_work_of_empty_slots(config):
   assert full["flops_empty_share"] == 0 and full["fill/tokens/text"] == 1
   half = work.fills({"tokens/text": 48, "images/images": 8})
   assert abs(half["flops_empty_share"] - 0.5) < 1e-12
-  assert work.attention(10.0) == 10 * 3 * 4 * config.llm.width * config.llm.depth
+  assert work.attention({"text": 10.0}) == 10 * 3 * 4 * config.llm.width * config.llm.depth
 
 
 class Terminal(io.StringIO):

@@ -85,7 +85,10 @@ class Stage:
 
 
 class Fusion(Protocol):
-  """What a module in `vlm_jax/fusion` offers."""
+  """What a module in `vlm_jax/fusion` offers.
+
+  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add.
+  """
 
   Model: type
   STAGES: tuple[Stage, ...]
@@ -114,7 +117,11 @@ class Tower(Protocol):
   """What a module in `vlm_jax/towers` offers.
 
   Model(config.tower, config.attention, precision) is called with pixels u8[B,N,Height,Width,3] and
-  returns Features. `config` below is `config.tower`.
+  returns Features. `config` below is `config.tower`. Two functions are optional:
+
+    uses(config, path)        to how many places of one image a parameter of the tower is applied;
+                              left out: to every place of the grid
+    attention_shape(config)   (T, H, G, C) of the tower's attention; left out: it has none
   """
 
   Model: type

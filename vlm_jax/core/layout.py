@@ -6,6 +6,7 @@ of the axis it points into. The packer knows nothing else.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -85,8 +86,8 @@ def mask_fields(name: str, queries: str, keys: str, classes: bool) -> dict[str, 
   return fields
 
 
-def streams_of(fields: dict[str, Field]) -> list[str]:
-  """The names of the streams, in the order of the fields."""
+def streams_of(fields: Iterable[str]) -> list[str]:
+  """The names of the streams, in the order of the paths of fields or of a flat batch."""
   found = (path.split("/") for path in fields)
   return [parts[1] for parts in found if parts[0] == "streams" and parts[2] == "tokens"]
 

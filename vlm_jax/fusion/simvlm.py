@@ -72,6 +72,7 @@ from vlm_jax.ops.gather import take_rows
 
 STAGES = (Stage("all", (".*",)),)  # trained from scratch, in one stage
 ENCODER, STREAM = "encoder", "decoder"
+BIASED = (ENCODER,)
 START = 0  # the decoder's first token: padding, which no text contains
 
 

@@ -73,6 +73,20 @@ def grid(config: ConfigDict) -> tuple[int, int]:
   return side, side
 
 
+def uses(config: ConfigDict, path: str) -> int:
+  """To how many places of one image a parameter is applied: stages differ in size."""
+  sides = [-(-config.image_size // 2)]
+  for _ in range(len(config.depths)):
+    sides.append(-(-sides[-1] // 2))
+  module, *inner = path.split("/")
+  if not module.startswith("stage"):
+    return sides[0] ** 2
+  number = int(module.removeprefix("stage"))
+  # The first block's 1 x 1 convolution still sees the size that its stage is given.
+  before = number > 1 and inner[:2] in (["first", "conv1"], ["first", "norm1"])
+  return sides[number - before] ** 2
+
+
 class Bottleneck(nn.Module):
   """x + norm conv1x1 relu norm conv3x3 relu norm conv1x1 x, then relu; see `nn.stack`."""
 
