@@ -79,9 +79,14 @@ START = 0  # the decoder's first token: padding, which no text contains
 def axes(config: ConfigDict) -> dict[str, int]:
   """Capacities: slots of both sides, images, rows of the media table, documents."""
   data = config.data
-  decoder = data.decoder_tokens or data.tokens + 1  # a text that fits one side fits the other
+  decoder = decoder_capacity(config)
   return {ENCODER: data.tokens, STREAM: decoder, "images": data.images,
           "table": data.images * len(rows(config)), "documents": decoder}
+
+
+def decoder_capacity(config: ConfigDict) -> int:
+  """Slots of a row's decoder axis; as many as a text that fits the encoder takes, if not said."""
+  return config.data.decoder_tokens or config.data.tokens + 1
 
 
 def fields(config: ConfigDict) -> dict[str, Field]:
@@ -113,7 +118,8 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     UsageError: a source that the config does not have, branches without a "fan_out" source, or more
       tokens than there are slots or positions.
   """
-  slots = write_slots(encoded, rows(config))
+  places = rows(config)
+  slots = write_slots(encoded, places)
   suffix = np.arange(len(slots)) >= cuts(slots, rng)
   read, written = encoder_slots(slots, suffix), decoder_slots(slots, suffix)
   _check(encoded, read, written, config)
@@ -138,7 +144,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
       arrays |= {f"masks/{name}/q_class": queries.branch, f"masks/{name}/k_class": keys.branch}
   images = len(encoded.images)
   sizes = {ENCODER: len(read), STREAM: len(written), "images": images,
-           "table": images * len(rows(config)), "documents": 1}
+           "table": images * len(places), "documents": 1}
   return Layout(arrays, sizes, encoded.source, encoded.key)
 
 
@@ -293,7 +299,7 @@ class Model(nn.Module):
 
 def _check(encoded: Encoded, read: Side, written: Side, config: ConfigDict) -> None:
   """Refuses a document that is longer than a side, before packing looks for room."""
-  capacity = axes(config)[STREAM]
+  capacity = decoder_capacity(config)
   if len(written) > capacity:
     raise UsageError(f"document {encoded.key} takes {len(written)} slots of the decoder, which has "
                      f"{capacity} in a row; raise config.data.decoder_tokens or lower "
