@@ -204,13 +204,17 @@ def test_seeds_reproduce_and_do_not_depend_on_the_batch():
 def test_an_encoder_is_read_once_and_every_turn_answers():
   config, params = model("simvlm")
   prompts = prompts_of(PROMPTS, config)
-  out = decode.generate(config, params, prompts, max_tokens=NEW)
+  out = decode.generate(config, params, prompts, max_tokens=NEW,
+                        sampling=Sampling(temperature=1.5))
   said = {(row, turn): np.asarray(out.tokens)[row, turn].tolist() for row, turn, _ in QUESTIONS}
   documents = [answered(asked, [said[row, turn]]) for row, turn, asked in QUESTIONS]
   whole = forward(config, params, documents[:ROWS]) + forward(config, params, documents[ROWS:])
   for (row, turn, _), (logits, _) in zip(QUESTIONS, whole, strict=True):
-    # From the start of the decoder on, the likeliest token is the one that was said.
-    assert logits[-NEW - 1 : -1].argmax(-1).tolist() == said[row, turn]
+    # From the start of the decoder on, each slot gives the probability of the next token.
+    logits = logits[-NEW - 1 : -1].astype(np.float64)
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    want = log_p[np.arange(NEW), said[row, turn]]
+    np.testing.assert_allclose(np.asarray(out.log_probs)[row, turn], want, atol=1e-4)
   assert len({tuple(tokens) for tokens in said.values()}) > 3
   with pytest.raises(UsageError, match="config.llm.positions is 48, too few for 49 new tokens"):
     decode.generate(config, params, prompts, max_tokens=SLOTS + 1)

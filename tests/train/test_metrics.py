@@ -78,7 +78,7 @@ def test_work_of_two_streams_and_a_stem():
   assert share(decoder=40) * total == pytest.approx(6 * 40 * decoder)
   # A convolution of the stem costs its kernel at every place it is applied to.
   conv = 16**2 * (49 * 3 * 4 + 8)  # and its norm
-  first = 8**2 * (4 * 4 + 9 * 16 + 2 * 4 * 16 + 16 + 16 + 64)
+  first = 8**2 * (4 * 4 + 9 * 16 + 2 * 4 * 16 + 8 + 8 + 64)
   second = 8**2 * (16 * 8 + 16) + 4**2 * (9 * 64 + 8 * 32 + 16 * 32 + 16 + 64 + 64)
   third = 4**2 * (32 * 8 + 9 * 64 + 8 * 32 + 16 + 16 + 64)
   connector = 4**2 * (32 * d + d)
