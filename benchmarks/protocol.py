@@ -1,5 +1,6 @@
 """How every benchmark of this folder measures and reports; the rules are in README.md."""
 
+import contextlib
 import json
 import os
 import platform
@@ -30,20 +31,29 @@ def fixed_matmul() -> float:
 
 
 def cpu_seconds() -> tuple[float, float]:
-  """Processor seconds that everybody has used, stolen ones included, and that this process has.
+  """Processor seconds that everybody has used, stolen ones included, and that this group has.
 
-  Where the system does not tell (no /proc/stat) everybody is this process.
+  The group is this process and those it started. Without /proc (macOS) everybody is this process.
   """
-  own = sum(os.times()[:2])
   try:
     user, nice, system, _, _, *rest = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
   except OSError:
-    return own, own
-  return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK"), own
+    return time.process_time(), time.process_time()
+  group = 0
+  for path in Path("/proc").glob("[0-9]*/stat"):
+    with contextlib.suppress(OSError):  # ended meanwhile
+      fields = path.read_text().rpartition(")")[2].split()
+      if int(fields[2]) == os.getpgrp():
+        group += sum(map(int, fields[11:15]))  # its own and those of children that ended
+  tick = os.sysconf("SC_CLK_TCK")
+  return sum(map(int, (user, nice, system, *rest))) / tick, group / tick
 
 
-def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict:
+def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS,
+            ready: Callable[[str], object] = lambda name: None) -> dict:
   """Runs the sides in turn, `rounds` times, after one call of each that is not counted.
+
+  `ready` is called with a side's name before each of its calls and not timed.
 
   Returns:
     {"seconds": {side: [one time a round]}, "best": {side: minimum},
@@ -57,6 +67,7 @@ def measure(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dic
   times: dict[str, list[float]] = {name: [] for name in sides}
   for _ in range(rounds):
     for name, step in sides.items():
+      ready(name)
       times[name].append(seconds(step))
   after = fixed_matmul()
   all_after, own_after = cpu_seconds()

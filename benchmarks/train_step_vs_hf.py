@@ -25,8 +25,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Experimental, but XLA's fastest on CPUs: about a tenth of a step less than its default.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=dot")
 
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import ours
@@ -35,12 +39,15 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
+from tests import torchvision_cpu
 from vlm_jax.configs import base
 from vlm_jax.convert import llava
 from vlm_jax.core import fusion
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.layout import Layout
+
+torchvision_cpu.install()  # transformers reads its models when they are named
 
 DOCUMENTS = 16  # of one image each
 ROW = 256  # slots of a row

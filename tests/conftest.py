@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests import torchvision_cpu
+
+torchvision_cpu.install()
+
 ALLOWED = Path(__file__).parent / "allowed_skips.txt"
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 def run(folder: Path, body: str, *args: str, allowed: str = "") -> subprocess.CompletedProcess:
   tests = folder / "tests"
   tests.mkdir()
-  (tests / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+  for name in ("conftest.py", "torchvision_cpu.py"):
+    (tests / name).write_text((ROOT / "tests" / name).read_text())
   (tests / "allowed_skips.txt").write_text(allowed)
   (tests / "test_x.py").write_text("import pytest\n" + body)
   (folder / "setup.cfg").write_text("[tool:pytest]\nmarkers =\n  long: x\n")

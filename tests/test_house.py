@@ -134,10 +134,10 @@ def modules(floor: str) -> list[str]:
 
 FOUND = [("fusion", "fusion"), ("tower", "towers"), ("connector", "connectors"), ("llm", "llm")]
 OFFERS = {
-  "fusion": ("Model", "STAGES", "axes", "fields", "rows", "layout", "losses", "weights"),
+  "fusion": ("Model", "STAGES", "STREAM", "axes", "fields", "rows", "layout", "losses", "weights"),
   "tower": ("Model", "grid"),
   "connector": ("Model", "slots"),
-  "llm": ("Model", "supports"),
+  "llm": ("Model", "KIND", "supports"),
 }
 
 

@@ -110,3 +110,22 @@ def test_recipe_words():
   for name in ("quickstart", "llava"):
     for word in ("", *recipe.WORDS):
       recipes.load(f"configs/{name}.py:{word}")
+
+
+@pytest.mark.parametrize("words, sources, evals", [
+  ("openmoji", {"captions", "easy_vqa", "openmoji", "openmoji_captions", "pydoc"},
+   {"easy_vqa", "openmoji", "text"}),
+  ("blind", {"easy_vqa", "openmoji", "pydoc"}, {"easy_vqa", "openmoji", "text"}),
+  ("text_only", {"pydoc"}, {"text"}),
+  ("image_only", {"captions", "easy_vqa", "openmoji", "openmoji_captions"},
+   {"easy_vqa", "openmoji"}),
+])
+def test_openmoji_goes_with_the_other_words(words, sources, evals):
+  both = [recipe.get_config(f"openmoji,{words}"), recipe.get_config(f"{words},openmoji")]
+  assert both[0].to_json() == both[1].to_json()
+  config = both[0]
+  assert set(config.data.sources) == sources and set(config.evals) == evals
+  assert config.data.root != recipe.get_config(words.replace("openmoji", "")).data.root
+  shown = {entry.images for name, entry in config.data.sources.items() if name != "pydoc"}
+  shown |= {entry.images for entry in config.evals.values() if entry.kind == "vqa"}
+  assert shown <= ({"none"} if words == "blind" else {"real"})

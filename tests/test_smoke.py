@@ -28,7 +28,7 @@ def root(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "llava"])
+@pytest.mark.parametrize("recipe", ["quickstart", "llava", "simvlm"])
 def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
   workdir = tmp_path / "run"
   train = ["train", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}",
@@ -37,6 +37,8 @@ def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   losses = [row["loss"] for row in rows if "loss" in row]
   assert len(losses) >= 3 and np.isfinite(losses).all()
+  if recipe == "simvlm":  # 50 steps, enough to see it learn
+    assert rows[-1]["step"] == 50 and np.mean(losses[-3:]) < 0.75 * losses[0], losses
   assert cli.main(train) == 0, "the same command again continues, here: at the end"
   assert cli.main([*train, "--config.optim.lr=1.0"]) == 2, "another config is refused"
   capsys.readouterr()

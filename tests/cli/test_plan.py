@@ -1,13 +1,16 @@
 """The plan's numbers against parameters that are really made, and against counting by hand."""
 
 import json
+import math
 
 import pytest
 
 from vlm_jax.cli import config as recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import plan
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.train import state as states
 
 
 @pytest.fixture(scope="module", params=["quickstart", "llava"])
@@ -35,6 +38,44 @@ def test_parameters_and_shapes(config):
   assert set(made["batch"]) == set(find_fusion(config).fields(config))
 
 
+def test_both_sides_of_an_encoder_decoder(tmp_path):
+  config = recipes.load("configs/simvlm.py:debug")
+  config.data.root = str(tmp_path)
+  made = plan.make(config)
+  width, depth, mlp = config.llm.width, config.llm.depth, config.llm.mlp
+  attention = 4 * width * width + 4 * width  # four projections with biases
+  layer = attention + 2 * width * mlp + mlp + width + 4 * width  # and two norms
+  modules = made["modules"]
+  assert modules["llm/encoder"]["parameters"] == depth * layer + 2 * width + (
+    config.llm.positions * width)
+  more = depth * (attention + 2 * width)
+  assert modules["llm/decoder"]["parameters"] == modules["llm/encoder"]["parameters"] + more
+  rows = plan.kernels(config)
+  assert set(rows) == {"encoder", "decoder", "cross"}
+  assert rows["encoder"]["implementation"] == "dense"
+  assert "cannot add a bias" in rows["encoder"]["refused"]["xla"]
+  cross = rows["cross"]
+  assert (cross["length"], cross["keys"]) == (config.data.decoder_tokens, config.data.tokens)
+
+
+@pytest.mark.parametrize("name, millions", [("base", 252), ("large", 768), ("huge", 1556)])
+def test_the_published_sizes_are_whole_models(name, millions):
+  config = recipes.load(f"configs/simvlm.py:{name}")
+  module = find_fusion(config)
+  _, leaves = states.initializer(module, config)
+  total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+  assert round(total / 1e6) == millions
+  # 224 pixels are 196 slots, and the ratio of image-text documents to texts is 4096 to 512.
+  assert len(module.rows(config)) == 196
+  sources = config.data.sources
+  assert (sources.captions.ratio + sources.easy_vqa.ratio) * 512 == 4096 * sources.pydoc.ratio
+
+
+def test_a_size_that_nobody_published():
+  with pytest.raises(UsageError, match="no argument 'hug'; did you mean 'huge'"):
+    recipes.load("configs/simvlm.py:hug")
+
+
 def test_frozen_parameters_have_no_moments(config):
   before = plan.make(config)["modules"]["total"]
   with config.unlocked():
@@ -48,13 +89,14 @@ def test_frozen_parameters_have_no_moments(config):
 
 def test_kernels_say_why_not(config):
   rows = plan.kernels(config)
-  assert rows["llm"]["length"] == config.data.tokens
+  assert rows["text"]["length"] == rows["text"]["keys"] == config.data.tokens
+  assert set(rows) == {"text", "tower"}
   for row in rows.values():
     assert row["implementation"] not in row["refused"]
     assert all(reason for reason in row["refused"].values())
   with config.unlocked():
     config.attention.implementation = "dense"
-  assert plan.kernels(config)["llm"]["implementation"] == "dense"
+  assert plan.kernels(config)["text"]["implementation"] == "dense"
   config.attention.implementation = "auto"
 
 

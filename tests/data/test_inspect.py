@@ -1,5 +1,6 @@
 """What is shown is what is trained on."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,10 +25,30 @@ def test_describes_and_draws(config, tmp_path):
     dark = (drawn[12 : 12 + 256, left : left + 256] == inspect.SEEN).all(-1)
     one = type(mask)(mask.lo[row], mask.hi[row], mask.q_class[row], mask.k_class[row])
     assert (dark == one.dense(256)).all()
-    kinds = inspect.kinds_of(batch, row)
+    kinds = inspect.kinds_of(batch, "text", row)
     assert {"image", "prompt", "predicted"} <= set(kinds)
     for slot in range(0, 256, 5):
       assert tuple(drawn[3, left + slot]) == inspect.COLOURS[kinds[slot]]
+
+
+def test_two_streams_are_written_and_drawn(config, tmp_path):
+  config.fusion.name, config.tower.name, config.tower.depths = "simvlm", "resnet", (1, 1, 1)
+  config.connector.name, config.llm.positions = "linear", 256
+  picture = str(tmp_path / "rows.png")
+  text = inspect.inspect(config, steps=1, examples=50, rows=1, picture=picture)
+  for part in ("documents: easy_vqa", "slots of a document, pydoc", "<image:16><user>",
+               " | <pad>[["):
+    assert part in text, part
+  from PIL import Image
+
+  drawn = np.asarray(Image.open(picture))
+  masks = from_flat(next(pipeline.make(config))[0]).masks
+  left = 0
+  for name, queries, keys in (("encoder", 256, 256), ("decoder", 257, 257), ("cross", 257, 256)):
+    panel = drawn[12 : 12 + queries, left + 12 : left + 12 + keys]
+    one = jax.tree.map(lambda field: field[0], masks[name])
+    assert ((panel == inspect.SEEN).all(-1) == one.dense(keys)).all(), name
+    left += 12 + keys + 16
 
 
 def test_rebuilds_the_batch_of_a_step(config, tmp_path):

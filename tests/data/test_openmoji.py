@@ -6,9 +6,10 @@ import hashlib
 import numpy as np
 import pytest
 
+from vlm_jax.configs import quickstart
 from vlm_jax.core.document import Image
 from vlm_jax.core.errors import DataError, UsageError
-from vlm_jax.data import emoji_groups, images, prepare, records
+from vlm_jax.data import emoji_groups, images, pipeline, prepare, records
 from vlm_jax.data.sources import openmoji
 
 SPLITS = ("train", "validation", "test")
@@ -166,3 +167,21 @@ def test_transparent_pictures_take_the_background(splits):
   how = images.Decoding(background=(0, 90, 0))
   corner = images.square(splits["test"][0]["image"], 64, how)[0, 0]
   assert np.array_equal(corner, (0, 90, 0))
+
+
+def test_the_quickstarts_mix(splits, tmp_path, monkeypatch):
+  monkeypatch.setattr(openmoji, "prepare", lambda: splits)
+  config = quickstart.get_config("openmoji")
+  config.data.root, config.data.prefetch = str(tmp_path), 0
+  sources = sorted({entry.name for entry in config.data.sources.values()})
+  prepare.prepare(config.data.root, sources, config.llm.vocab_size, log=lambda line: None)
+  batch, info = next(pipeline.make(config))
+  count = info["documents"]
+  assert count["openmoji"] == count["openmoji_captions"] == count["easy_vqa"] > 0
+  assert count["captions"] == 2 * count["openmoji"] and info["fill"]["text"] > 0.7
+  assert batch["media/images/values"].std() > 10
+  asked = pipeline.documents(config, "openmoji", "test", "choice")
+  assert len(asked) == 189 and asked[0].parts[1].text.startswith("Which is it: ")
+  longest = max(len(pipeline.load_tokenizer(config).encode(record["name"]))
+                for record in splits["test"])
+  assert longest < config.evals.openmoji.max_tokens

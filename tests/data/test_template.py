@@ -81,6 +81,23 @@ def test_prompt_ends_with_the_assistant(words):
   assert golden(prompt, words) == ["0 image", "0 0 <user>hi", "0 0 <assistant>"]
 
 
+def test_a_caption_is_asked_for_by_its_mark(words):
+  caption = Text("a cat", "text", loss=True)
+  prompt = encode(words, Image(PIXELS), caption, function=template.encode_prompt)
+  assert golden(prompt, words) == ["0 image", "0 0 <bos>"]
+  assert golden(encode(words, caption, function=template.encode_prompt), words) == ["0 0 <bos>"]
+
+
+def test_every_branch_of_a_prompt_is_open(words):
+  prompt = encode(words, Text("hi", "user"), Text("y", "assistant", True, 1),
+                  Text("so", "user", branch=2), Text(" ", "assistant", True, 2),
+                  function=template.encode_prompt)
+  assert golden(prompt, words) == [
+    "0 0 <user>hi", "1 1 <assistant>", "2 2 <user>so", "2 2 <assistant>"]
+  with pytest.raises(BadExample, match="not an answer"):
+    encode(words, Text("hi", "user"), function=template.encode_prompt)
+
+
 @pytest.mark.parametrize("reason, parts", [
   ("unknown_role", [Text("x", "narrator", loss=True)]),
   ("empty_text", [Text("x", "user"), Text(" \n", "assistant", loss=True)]),

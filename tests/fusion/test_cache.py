@@ -9,7 +9,8 @@ from tests.fusion import testing as t
 from vlm_jax.core.batch import Batch, Stream, from_flat
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import find_fusion, find_llm
-from vlm_jax.core.mask import NEVER, IntervalMask
+from vlm_jax.core.layout import mask_axes
+from vlm_jax.core.mask import NEVER
 
 TOLERANCE, LOUD = 2e-6, 100
 
@@ -37,39 +38,45 @@ def extended_error(config, params, columns_are_indices: bool) -> float:
   }
   flat = place(full)
   expected = t.logits(config, params, flat)
-  run = t.forward_cached(find_fusion(config).Model, t.same_network(config))
-  lengths = np.array([layout.sizes["text"] for layout in prompts])
-  new, columns = 4, t.SLOTS + 4
-  k_index = np.full((2, columns), NEVER, np.int32)
+  module = find_fusion(config)
+  run = t.forward_cached(module.Model, t.same_network(config))
+  speaks, lengths = module.STREAM, np.array([layout.sizes[module.STREAM] for layout in prompts])
+  batch, whole = from_flat(place(prompts)), from_flat(flat)
+  slots, new = batch.streams[speaks].tokens.shape[1], 4
+  k_index = np.full((2, slots + new), NEVER, np.int32)
   for row, length in enumerate(lengths):
     k_index[row, :length] = np.arange(length)
-    k_index[row, t.SLOTS :] = length + np.arange(new)
+    k_index[row, slots:] = length + np.arange(new)
   if columns_are_indices:
-    k_index[:, t.SLOTS :] = t.SLOTS + np.arange(new)
-  whole = from_flat(flat).masks["text"]
-  k_class = None
-  if whole.k_class is not None:
-    tail = [whole.k_class[row, length : length + new] for row, length in enumerate(lengths)]
-    k_class = np.concatenate([from_flat(place(prompts)).masks["text"].k_class, tail], axis=1)
+    k_index[:, slots:] = slots + np.arange(new)
+  k_class, later = None, whole.masks[speaks].k_class
+  if later is not None:
+    tail = [later[row, length : length + new] for row, length in enumerate(lengths)]
+    k_class = np.concatenate([batch.masks[speaks].k_class, tail], axis=1)
 
-  batch = from_flat(place(prompts))
-  mask = dataclasses.replace(batch.masks["text"], k_index=k_index, k_class=k_class)
-  cache = find_llm(config).empty_cache(config.llm, 2, columns, np.float32)
-  output = run(params, dataclasses.replace(batch, masks={"text": mask}), cache)
+  own = dataclasses.replace(batch.masks[speaks], k_index=k_index, k_class=k_class)
+  batch = dataclasses.replace(batch, masks={**batch.masks, speaks: own})
+  cache = find_llm(config).empty_cache(config.llm, 2, slots + new, np.float32)
+  output = run(params, batch, cache)
   worst = 0.0
   for row, length in enumerate(lengths):
     worst = max(worst, t.error(output.logits()[row, :length], expected[row, :length]))
+  asks = [name for name, (queries, _) in mask_axes(module.fields(config)).items()
+          if queries == speaks]
   for step in range(new):
-    slots = (lengths + step)[:, None]
-    at = lambda field, slots=slots: np.take_along_axis(np.asarray(field), slots, axis=1)
-    text = from_flat(flat).streams["text"]
-    q_class = None if whole.q_class is None else at(whole.q_class)
-    mask = IntervalMask(at(whole.lo), at(whole.hi), q_class, k_class, k_index)
-    stream = Stream(at(text.tokens), at(text.targets), at(text.fill), at(text.positions),
-                    at(text.segment_ids), at(text.source_ids), {})
-    output = run(params, Batch({"text": stream}, {}, {"text": mask}), output.cache)
+    here = (lengths + step)[:, None]
+    at = lambda field, here=here: None if field is None else np.take_along_axis(
+      np.asarray(field), here, axis=1)
+    masks = {name: dataclasses.replace(mask, lo=at(mask.lo), hi=at(mask.hi),
+                                       q_class=at(mask.q_class))
+             for name, mask in whole.masks.items() if name in asks}
+    masks[speaks] = dataclasses.replace(masks[speaks], k_class=k_class, k_index=k_index)
+    text = whole.streams[speaks]
+    stream = Stream(at(text.tokens), at(text.fill), at(text.positions), at(text.segment_ids),
+                    at(text.source_ids))
+    output = run(params, Batch({speaks: stream}, {}, masks), output.cache)
     got = np.asarray(output.logits())[:, 0]
-    worst = max(worst, t.error(got, expected[np.arange(2), slots[:, 0]]))
+    worst = max(worst, t.error(got, expected[np.arange(2), here[:, 0]]))
   return worst
 
 
@@ -86,9 +93,7 @@ def test_prefill_and_extend_is_the_full_pass(variant):
 def test_a_prompt_is_laid_out_as_in_training(variant):
   config = t.get_config(*variant)
   for full, prompt in zip(*ragged(config, variant[2]), strict=True):
-    length = prompt.sizes["text"]
     for path, values in prompt.arrays.items():
       if path.endswith(("targets", "lm")):
         continue  # what is not there yet is not predicted
-      part = full.arrays[path] if path.startswith("media") else full.arrays[path][:length]
-      np.testing.assert_array_equal(values, part, err_msg=path)
+      np.testing.assert_array_equal(values, full.arrays[path][: len(values)], err_msg=path)

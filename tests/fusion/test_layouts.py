@@ -54,9 +54,10 @@ def test_only_the_suffix_is_predicted():
 def test_no_slot_sees_what_it_predicts(variant):
   config = t.get_config(*variant)
   for layout in t.lay_out(t.documents(0, variant[2]), config):
-    get = lambda name, layout=layout: layout.arrays.get(f"masks/text/{name}")
+    stream = find_fusion(config).STREAM
+    get = lambda name, layout=layout, stream=stream: layout.arrays.get(f"masks/{stream}/{name}")
     dense = IntervalMask(get("lo"), get("hi"), get("q_class"), get("k_class")).dense()
-    weight = layout.arrays["streams/text/loss_weights/lm"]
+    weight = layout.arrays[f"streams/{stream}/loss_weights/lm"]
     for slot in np.flatnonzero(weight):
       assert not dense[slot, slot + 1], (layout.key, slot)
     assert weight.sum() > 0

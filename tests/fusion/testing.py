@@ -1,6 +1,7 @@
 """Tiny configs, random documents and a loud set of parameters, for every test of a strategy."""
 
 import functools
+import sys
 from collections.abc import Callable
 
 import jax
@@ -14,10 +15,13 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout
+from vlm_jax.core.layout import Layout, mask_axes, streams_of
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
 VOCAB, SIDE, SLOTS, K = 61, 8, 48, 4  # images are 2 x 2 patches of 4 pixels
+
+SILENT = "/key/bias"
 
 # Strategy, config.fusion.image_attention (None: the strategy does not read it), fan-out documents.
 VARIANTS = [
@@ -27,7 +31,14 @@ VARIANTS = [
   ("concat", "bidirectional", True),
   ("prefix_lm", None, False),
   ("prefix_lm", None, True),
+  ("simvlm", None, False),
+  ("simvlm", None, True),
 ]
+# What a strategy needs of the language model beside the sizes below.
+LLM = {
+  "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
+                 linear_bias=True, positions=64, encoder_depth=2),
+}
 
 
 def get_config(name: str, image_attention: str | None = None, fan_out: bool = False) -> ConfigDict:
@@ -38,8 +49,9 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
     config.fusion.image_attention = image_attention
   config.tower.update(image_size=SIDE, patch=4, width=24, depth=2, mlp=40, heads=3)
   config.llm.update(vocab_size=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2)
+  config.llm.update(LLM.get(name, {}))
   config.attention.update(block_q=16, block_k=16)
-  config.data.update(rows=2, tokens=SLOTS, images=4)
+  config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
   config.data.sources.pairs = base.source(form="fan_out" if fan_out else "conversation")
   config.data.sources.words = base.source()
   return config
@@ -89,7 +101,10 @@ def lay_out(documents: list[Encoded], config: ConfigDict, seed: int = 0) -> list
 
 
 def pack(layouts: list[Layout], config: ConfigDict) -> tuple[dict, dict[str, tuple[int, slice]]]:
-  """The flat batch of `config.data.rows` rows, and document key to its (row, slots)."""
+  """The flat batch of `config.data.rows` rows, and document key to its (row, slots).
+
+  Slots are those of the stream that speaks, whose logits tests compare.
+  """
   module = find_fusion(config)
   packer = Packer(module.fields(config), module.axes(config), config.data.rows)
   assert packer.add(layouts), "the documents of a test fit one step"
@@ -98,8 +113,8 @@ def pack(layouts: list[Layout], config: ConfigDict) -> tuple[dict, dict[str, tup
   for row, content in enumerate(packed.rows):
     start = 0
     for layout in content:
-      where[layout.key] = row, slice(start, start + layout.sizes["text"])
-      start += layout.sizes["text"]
+      where[layout.key] = row, slice(start, start + layout.sizes[module.STREAM])
+      start += layout.sizes[module.STREAM]
   return packed.arrays, where
 
 
@@ -123,7 +138,7 @@ def noise_params(config: ConfigDict, scale: float = 0.3) -> dict:
 
 @functools.cache
 def _noise_params(model: type, config: FrozenConfigDict, scale: float) -> dict:
-  module = find_fusion(get_config("concat"))
+  module = sys.modules[model.__module__]
   row = from_flat(batches.empty(module.fields(config), module.axes(config), 1))
   shapes = jax.eval_shape(model(config).init, jax.random.key(0), row)["params"]
   rng = np.random.default_rng(7)
@@ -177,10 +192,34 @@ def value_and_grad(config: ConfigDict, params: dict, flat: dict, scale=None) -> 
 
 def silence(grads: dict) -> dict:
   """Zeroes the gradients that only rounding makes: softmax does not see what all keys share."""
-  bias = grads["tower"]["layers"]["attention"]["key"]["bias"]
-  assert np.abs(bias).max() < 1e-6
-  grads["tower"]["layers"]["attention"]["key"]["bias"] = np.zeros(bias.shape, bias.dtype)
-  return grads
+  flat = flatten(grads)
+  for path, leaf in flat.items():
+    if path.endswith(SILENT):
+      assert np.abs(leaf).max() < 1e-6
+      flat[path] = np.zeros(leaf.shape, leaf.dtype)
+  return unflatten(flat)
+
+
+def joined(masks: dict, config: ConfigDict) -> np.ndarray:
+  """bool[..., n, n], who sees whom among the slots of all streams, in the order of the fields.
+
+  Args:
+    masks: of a batch or of one document.
+    config: of a strategy.
+  """
+  fields = find_fusion(config).fields(config)
+  streams, blocks = streams_of(fields), mask_axes(fields)
+  size = {name: mask.num_queries for name, mask in masks.items() if name in streams}
+  rows = []
+  for queries in streams:
+    row = []
+    for keys in streams:
+      name = next((name for name, axes in blocks.items() if axes == (queries, keys)), None)
+      lead = masks[queries].lo.shape[:-1]
+      row.append(np.zeros((*lead, size[queries], size[keys]), bool) if name is None
+                 else np.asarray(masks[name].dense(size[keys])))
+    rows.append(np.concatenate(row, axis=-1))
+  return np.concatenate(rows, axis=-2)
 
 
 def error(got, expected) -> float:

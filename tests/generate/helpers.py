@@ -24,6 +24,9 @@ def tiny(fusion="prefix_lm", form="fan_out", attend="bidirectional"):
   config.fusion.name, config.fusion.image_attention = fusion, attend
   config.tower.update(dict(image_size=SIDE, patch=8, width=16, depth=2, mlp=32, heads=2))
   config.llm.update(dict(vocab_size=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2))
+  if fusion == "simvlm":
+    config.llm.update(dict(name="encoder_decoder", norm="layer", feed_forward="plain",
+                           activation="gelu", linear_bias=True, positions=SLOTS))
   config.data.sources.pictures = base.source(name="easy_vqa", form=form)
   config.data.sources.words = base.source(name="pydoc", form="text")
   return config
@@ -93,8 +96,9 @@ def forward(config, params, documents):
   laid_out = layouts(documents, config)
   prompts = stack(laid_out, config, rows=ROWS, bucket=SLOTS)
   logits = np.asarray(_logits(FrozenConfigDict(config), params, prompts.flat))
-  lengths = [layout.sizes["text"] for layout in laid_out]
+  stream = find_fusion(config).STREAM
+  lengths = [layout.sizes[stream] for layout in laid_out]
   return [
-    (logits[row, :length], layout.arrays["masks/text/q_class"])
+    (logits[row, :length], layout.arrays[f"masks/{stream}/q_class"])
     for row, (layout, length) in enumerate(zip(laid_out, lengths, strict=True))
   ]

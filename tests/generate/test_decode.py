@@ -22,6 +22,7 @@ from tests.generate.helpers import (
   tiny,
 )
 from vlm_jax.core.batch import from_flat
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion, find_llm
 from vlm_jax.core.mask import NEVER
 from vlm_jax.generate import decode
@@ -58,7 +59,7 @@ def generate(documents, *, max_tokens=NEW, shape=None, stop=(), **options):
 
 @functools.partial(jax.jit, static_argnames="config")
 def prefilled(config, params, batch, ends, context):
-  rows, columns = context.k_index.shape
+  rows, columns = context.masks[context.stream].k_index.shape
   cache = find_llm(config).empty_cache(config.llm, rows, columns, jnp.float32)
   return decode.prefill(find_fusion(config).Model(config), params, batch, ends, context, cache)
 
@@ -73,7 +74,7 @@ def error(config, params, spoil=lambda context: context):
   prompts = prompts_of(PROMPTS, config)
   answers = np.random.default_rng(0).integers(6, VOCAB, (*prompts.ends.shape, NEW)).astype(np.int32)
   frozen, batch, ends = FrozenConfigDict(config), from_flat(prompts.flat), jnp.asarray(prompts.ends)
-  context = spoil(decode.make_context(batch, ends, NEW))
+  context = spoil(decode.make_context(find_fusion(config), config, batch, ends, NEW))
   logits, cache = prefilled(frozen, params, batch, ends, context)
   got = [np.asarray(logits)]
   for step in range(NEW - 1):
@@ -95,25 +96,38 @@ def error(config, params, spoil=lambda context: context):
 
 
 @pytest.mark.parametrize(
-  "fusion, attend", [("prefix_lm", ""), ("concat", "causal"), ("concat", "bidirectional")]
+  "fusion, attend", [("prefix_lm", ""), ("concat", "causal"), ("concat", "bidirectional"),
+                     ("simvlm", "")]
 )
 def test_prefill_and_extend_are_the_full_forward(fusion, attend):
   assert error(*model(fusion, attend or "bidirectional")) < TOLERANCE
 
 
-@pytest.mark.parametrize("fault", ["index", "pad", "class", "position"])
-def test_a_wrong_cache_is_seen(fault):
+@pytest.mark.parametrize("fusion, fault", [
+  *[("prefix_lm", fault) for fault in ("index", "pad", "class", "position")],
+  *[("simvlm", fault) for fault in ("class", "cross_class", "cross_end")],
+])
+def test_a_wrong_cache_is_seen(fusion, fault):
+  def changed(context, name, **fields):
+    mask = dataclasses.replace(context.masks[name], **fields)
+    return dataclasses.replace(context, masks={**context.masks, name: mask})
+
   def spoil(context):
+    own, cross = context.masks[context.stream], context.masks.get("cross")
     if fault == "index":  # each new token believes to come one earlier, and does not see itself
       return dataclasses.replace(context, length=context.length - 1)
     if fault == "pad":
-      visible = jnp.where(context.k_index == NEVER, 0, context.k_index)
-      return dataclasses.replace(context, k_index=visible)
+      visible = jnp.where(own.k_index == NEVER, 0, own.k_index)
+      return changed(context, context.stream, k_index=visible)
     if fault == "class":
-      return dataclasses.replace(context, q_class=jnp.zeros_like(context.q_class))
+      return changed(context, context.stream, q_class=jnp.zeros_like(own.q_class))
+    if fault == "cross_class":
+      return changed(context, "cross", q_class=jnp.zeros_like(cross.q_class))
+    if fault == "cross_end":
+      return changed(context, "cross", hi=cross.hi - 1)
     return dataclasses.replace(context, position=context.position + 1)
 
-  assert error(*model(), spoil) > 100 * TOLERANCE
+  assert error(*model(fusion), spoil) > 100 * TOLERANCE
 
 
 def test_greedy_is_the_full_forward_run_again_for_every_token():
@@ -185,6 +199,25 @@ def test_seeds_reproduce_and_do_not_depend_on_the_batch():
   assert (greedy != both).any()
   assert (greedy == draw(PROMPTS[1:3], [1, 2], Sampling(temperature=1e-6))).all()
   assert (greedy == draw(PROMPTS[1:3], [1, 2], Sampling(temperature=1.0, top_p=1e-6))).all()
+
+
+def test_an_encoder_is_read_once_and_every_turn_answers():
+  config, params = model("simvlm")
+  prompts = prompts_of(PROMPTS, config)
+  out = decode.generate(config, params, prompts, max_tokens=NEW,
+                        sampling=Sampling(temperature=1.5))
+  said = {(row, turn): np.asarray(out.tokens)[row, turn].tolist() for row, turn, _ in QUESTIONS}
+  documents = [answered(asked, [said[row, turn]]) for row, turn, asked in QUESTIONS]
+  whole = forward(config, params, documents[:ROWS]) + forward(config, params, documents[ROWS:])
+  for (row, turn, _), (logits, _) in zip(QUESTIONS, whole, strict=True):
+    # From the start of the decoder on, each slot gives the probability of the next token.
+    logits = logits[-NEW - 1 : -1].astype(np.float64)
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    want = log_p[np.arange(NEW), said[row, turn]]
+    np.testing.assert_allclose(np.asarray(out.log_probs)[row, turn], want, atol=1e-4)
+  assert len({tuple(tokens) for tokens in said.values()}) > 3
+  with pytest.raises(UsageError, match="config.llm.positions is 48, too few for 49 new tokens"):
+    decode.generate(config, params, prompts, max_tokens=SLOTS + 1)
 
 
 def test_one_token_needs_no_columns_of_its_own():

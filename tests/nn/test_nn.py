@@ -12,10 +12,11 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.nn import stack
-from vlm_jax.nn.attention import Attention, make_context
+from vlm_jax.nn.attention import Attention, CrossAttention, make_context
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import MLP, GatedMLP, activation
-from vlm_jax.nn.norms import LayerNorm, RMSNorm
+from vlm_jax.nn.norms import FrozenNorm, GroupNorm, LayerNorm, RMSNorm
+from vlm_jax.nn.relative import GridBias, relations
 from vlm_jax.ops.rope import rotation
 
 F32 = Precision()
@@ -85,6 +86,23 @@ def test_norm_statistics_are_f32():
   out = RMSNorm(0.0, BF16).apply({"params": {"scale": np.ones(4096, np.float32)}}, x)
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=1e-2)
+
+
+def test_group_norm_is_torchs_and_frozen_norm_has_no_gradient():
+  x = draw(2, 5, 3, 48)
+  module = GroupNorm(1e-2, F32)  # 16 groups: the largest number below 33 that divides 32 and 48
+  params = noise(module, x)
+  leaves = [torch.tensor(params["params"][name]) for name in ("scale", "bias")]
+  channels = torch.tensor(x.transpose(0, 3, 1, 2).copy())
+  theirs = lambda groups: torch.nn.functional.group_norm(
+    channels, groups, *leaves, eps=1e-2).permute(0, 2, 3, 1).numpy()
+  np.testing.assert_allclose(module.apply(params, x), theirs(16), atol=1e-5)
+  assert np.abs(module.apply(params, x) - theirs(8)).max() > 1e-2  # twin
+  module = FrozenNorm(1e-2, F32)
+  params = noise(module, x)
+  assert all(name.startswith("frozen_") for name in params["params"])
+  grads = jax.grad(lambda params: jnp.sum(module.apply(params, x) ** 2))(params)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 # MLPs
@@ -165,6 +183,52 @@ def test_cache_is_written_at_its_length():
 def test_a_cache_needs_an_index_of_its_columns():
   with pytest.raises(ValueError, match=r"k_index must be i32\[B,8\]"):
     make_context(causal(1, 3), None, (8, 8), 8, jnp.int32(0))
+
+
+def test_cross_attention_reads_another_stream_and_keeps_its_keys():
+  x, memory = draw(2, 3, 16), draw(2, 5, 12, seed=2)
+  module = CrossAttention(4, 2, 4, True, "dense", F32)
+  lo = jnp.asarray([[0, 1, 4], [0, 0, 0]], jnp.int32)
+  hi = jnp.asarray([[5, 3, 4], [1, 5, 0]], jnp.int32)  # the last queries see nothing
+  context = make_context(IntervalMask(lo, hi), None, (8, 8), keys=5)
+  params = noise(module, x, memory, None, context)
+  out, columns = jax.jit(module.apply)(params, x, memory, None, context)
+  leaves = params["params"]
+  split = lambda name, y: y @ leaves[name]["kernel"].reshape(y.shape[-1], -1) + (
+    leaves[name]["bias"].reshape(-1))
+  q, k, v = split("query", x), split("key", memory), split("value", memory)
+  q, k, v = (y.reshape(2, -1, count, 4) for y, count in ((q, 4), (k, 2), (v, 2)))
+  for row, query, head in np.ndindex(2, 3, 4):
+    seen = np.arange(5)[int(lo[row, query]) : int(hi[row, query])]
+    logits = k[row, seen, head // 2] @ q[row, query, head] / 2
+    weights = np.exp(logits - logits.max()) if len(seen) else logits
+    q[row, query, head] = (weights / weights.sum()) @ v[row, seen, head // 2] if len(seen) else 0
+  expected = np.einsum("bthc,hcd->btd", q, leaves["out"]["kernel"]) + leaves["out"]["bias"]
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+  # The kept keys and values stand for the stream.
+  again, _ = jax.jit(module.apply)(params, x, None, columns, context)
+  np.testing.assert_array_equal(again, out)
+
+
+def test_grid_bias_is_the_offset_inside_an_image():
+  height, width, heads = 2, 3, 2
+  image = np.array([[-1, 0, 0, 0, 0, 0, 0, 1, 1, -1]])
+  place = np.array([[-1, 0, 1, 2, 3, 4, 5, 4, 0, -1]])
+  module = GridBias(heads, (height, width), F32)
+  params = noise(module, image, place)
+  table = params["params"]["table"]
+  assert table.shape == (heads, 3 * 5)
+  got = np.asarray(module.apply(params, image, place))[0]
+  for i, j in np.ndindex(10, 10):
+    if image[0, i] < 0 or image[0, i] != image[0, j]:
+      assert not got[:, i, j].any()
+      continue
+    down = place[0, j] // width - place[0, i] // width
+    right = place[0, j] % width - place[0, i] % width
+    np.testing.assert_array_equal(got[:, i, j], table[:, (down + 1) * 5 + right + 2])
+  # Every offset has a number of its own, and the opposite offset another one.
+  assert len(np.unique(relations(height, width))) == 15
+  assert (got[:, 1, 2] != got[:, 2, 1]).all()
 
 
 # Stacks

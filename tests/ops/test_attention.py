@@ -42,13 +42,13 @@ def random_mask(rng: np.random.Generator, rows: int, length: int, policy: str) -
   return IntervalMask(lo, hi, q_class if classes else None, k_class if classes else None)
 
 
-def oracle(q, k, v, mask, weight):
+def oracle(q, k, v, mask, weight, bias=0.0):
   """Output and gradients of sum(out * weight) in float64, written from the definition."""
   q, k, v, weight = (np.asarray(x, np.float64) for x in (q, k, v, weight))
   repeats = q.shape[2] // k.shape[2]
   keys, values = np.repeat(k, repeats, 2), np.repeat(v, repeats, 2)
   scale = q.shape[-1] ** -0.5
-  logits = np.einsum("bthc,bshc->bhts", q, keys) * scale
+  logits = np.einsum("bthc,bshc->bhts", q, keys) * scale + np.asarray(bias, np.float64)
   seen = np.asarray(mask.dense(k.shape[1]))[:, None]
   logits = np.where(seen, logits, -np.inf)
   top = np.where(seen.any(-1, keepdims=True), logits.max(-1, keepdims=True), 0.0)
@@ -164,6 +164,34 @@ def test_cross_attention_with_keys_nobody_sees(implementation):
   assert not np.asarray(grads[1][:, 30:]).any()
   for got, expected in zip(grads, want_grads, strict=True):
     assert error(got, expected) < 5e-6
+
+
+def test_a_bias_is_added_or_refused():
+  rng = np.random.default_rng(8)
+  mask = random_mask(rng, 2, 70, "fan_out")
+  q, k, v, weight = inputs(rng, 2, 70, 4, 2, 16)
+  bias = jnp.asarray(rng.normal(size=(2, 4, 70, 70)), jnp.float32)
+  run_dense = jax.jit(lambda q, k, v, bias: attention(q, k, v, mask, bias=bias))
+
+  def total(q, k, v, bias):
+    out = run_dense(q, k, v, bias)
+    return (out * weight).sum(), out
+
+  grads, out = jax.grad(total, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+  want, want_grads = oracle(q, k, v, mask, weight, bias)
+  assert error(out, want) < 2e-6
+  for got, expected in zip(grads, want_grads, strict=False):
+    assert error(got, expected) < 5e-6
+  # Its gradient is that of the logits: none outside the mask, and nothing in total for a query.
+  assert not np.asarray(grads[3])[~np.repeat(mask.dense()[:, None], 4, 1)].any()
+  np.testing.assert_allclose(np.asarray(grads[3]).sum(-1), 0, atol=1e-5)
+  # Twin: heads in another order.
+  assert error(run_dense(q, k, v, bias[:, ::-1]), want) > 100 * 2e-6
+  with pytest.raises(UsageError, match="xla: it cannot add a bias to the logits; dense can"):
+    plan = make_plan(jax.tree.map(jnp.asarray, mask), 70, block_q=BLOCK, block_k=BLOCK)
+    attention(q, k, v, mask, plan=plan, bias=bias, implementation="xla")
+  with pytest.raises(ValueError, match=r"bias \[B,H,T,S\] must be \(2, 4, 70, 70\)"):
+    attention(q, k, v, mask, bias=bias[:, :2])
 
 
 def test_bfloat16_stays_close_to_float32():

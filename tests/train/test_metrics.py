@@ -4,8 +4,11 @@ import io
 import json
 
 import numpy as np
+import pytest
 
 from tests.train import tiny_fusion
+from vlm_jax.configs import base
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.train import metrics, trackers
 from vlm_jax.train import state as state_lib
@@ -48,7 +51,41 @@ def test_work_of_empty_slots(config):
   assert full["flops_empty_share"] == 0 and full["fill/tokens/text"] == 1
   half = work.fills({"tokens/text": 48, "images/images": 8})
   assert abs(half["flops_empty_share"] - 0.5) < 1e-12
-  assert work.attention(10.0) == 10 * 3 * 4 * config.llm.width * config.llm.depth
+  assert work.attention({"text": 10.0}) == 10 * 3 * 4 * config.llm.width * config.llm.depth
+
+
+def test_work_of_two_streams_and_a_stem():
+  config = base.get_config()
+  config.tower.update(name="resnet", image_size=32, width=4, depths=(1, 2), norm="group")
+  config.connector.name = "linear"
+  config.llm.update(name="encoder_decoder", width=8, heads=2, kv_heads=2, mlp=16, depth=1,
+                    encoder_depth=3, vocab_size=32, positions=16)
+  config.fusion.name = "simvlm"
+  config.data.update(rows=2, tokens=40, decoder_tokens=20, images=3)
+  config.data.sources.pairs = base.source(name="pairs")
+  module = find_fusion(config)
+  _, leaves = state_lib.initializer(module, config)
+  work = metrics.Work(config, leaves, state_lib.abstract_batch(module, config, make_mesh(config)))
+  assert work.slots == {"tokens/encoder": 80, "tokens/decoder": 40, "images/images": 6}
+  share = lambda **used: 1 - work.fills(
+    {"tokens/encoder": used.get("encoder", 0), "tokens/decoder": used.get("decoder", 0),
+     "images/images": used.get("images", 0)})["flops_empty_share"]
+  d, f, total = 8, 16, work.dense()
+  norms = lambda count: count * d
+  encoder = 3 * (4 * d * d + 3 * d * f + norms(2)) + d
+  decoder = 6 * d * d + 3 * d * f + norms(3) + d  # the cross keys and values are the encoder's
+  assert share(encoder=80) * total == pytest.approx(6 * 80 * (encoder + 2 * d * d))
+  assert share(decoder=40) * total == pytest.approx(6 * 40 * decoder)
+  # A convolution of the stem costs its kernel at every place it is applied to.
+  conv = 16**2 * (49 * 3 * 4 + 8)  # and its norm
+  first = 8**2 * (4 * 4 + 9 * 16 + 2 * 4 * 16 + 8 + 8 + 64)
+  second = 8**2 * (16 * 8 + 16) + 4**2 * (9 * 64 + 8 * 32 + 16 * 32 + 16 + 64 + 64)
+  third = 4**2 * (32 * 8 + 9 * 64 + 8 * 32 + 16 + 16 + 64)
+  connector = 4**2 * (32 * d + d)
+  want = 6 * 6 * (conv + first + second + third + connector)
+  assert share(images=6) * total == pytest.approx(want)
+  pair = 3 * 4 * d
+  assert work.attention({"encoder": 5.0, "decoder": 7.0, "cross": 2.0}) == pair * (5 * 3 + 9)
 
 
 class Terminal(io.StringIO):

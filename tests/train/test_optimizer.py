@@ -19,6 +19,7 @@ LEAVES = {
   "llm/layers/attention/kernel": Leaf((6, 3, 3), np.float32, ("layers", "embed", "heads")),
   "llm/norm/scale": Leaf((3,), np.float32, ("norm",)),
 }
+IMPORTED = {"tower/norm/frozen_mean": Leaf((5,), np.float32, ("norm",))}
 
 
 def noise(seed=0):
@@ -68,6 +69,15 @@ def test_frozen_is_bit_identical_and_without_memory(config):
   shapes = [leaf.shape for leaf in jax.tree.leaves(opt_state)]
   assert (4, 3, 5) not in shapes and shapes.count((6, 3, 3)) == 2
   assert count(optimizer, LEAVES) == (9 + 3 + 21 + 4 * 9, 60 + 9 + 3 + 21 + 54 + 3)
+
+
+def test_no_stage_trains_imported_statistics(config):
+  optimizer = make_optimizer(config, ALL, LEAVES | IMPORTED)
+  assert set(optimizer.trainable) == set(LEAVES)
+  assert count(optimizer, LEAVES | IMPORTED)[1] - count(optimizer, LEAVES | IMPORTED)[0] == 5
+  stages = (Stage("all", ("tower/norm/frozen_mean",)),)  # not even by name
+  with pytest.raises(UsageError, match="nothing to train"):
+    make_optimizer(config, stages, LEAVES | IMPORTED)
 
 
 def test_slices_from_and_to(config):

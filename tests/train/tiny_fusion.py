@@ -14,6 +14,7 @@ STAGES = (
   Stage("align", ("connector/.*",)),
   Stage("top", ("connector", "llm/layers[2:]")),
 )
+STREAM = "text"
 VOCAB, SIZE, LAYERS = 32, 4, 4
 
 

@@ -36,7 +36,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
 
   Returns:
     "modules" {name: {"parameters", "trainable", "bytes"}} with bytes of parameters and optimiser,
-    "batch" {path: [dtype, shape]}, "image_slots" (text slots of one image), "data" (see `measure`)
+    "batch" {path: [dtype, shape]}, "image_slots" (slots of one image), "data" (see `measure`)
     or the reason why there is none, "flops" of one step, "attention" (see `kernels`).
   """
   from vlm_jax.core.fusion import find_fusion
@@ -88,6 +88,7 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
   import numpy as np
 
   from vlm_jax.core.errors import DataError
+  from vlm_jax.core.layout import streams_of
   from vlm_jax.data import pipeline
 
   try:
@@ -97,9 +98,11 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
   except DataError as error:
     return f"not measured: {error}"
   tokens = {}
-  segments = batch["streams/text/segment_ids"]
+  ids = lambda field: np.concatenate([
+    batch[f"streams/{stream}/{field}"] for stream in streams_of(batch)], axis=1)
+  segments, sources = ids("segment_ids"), ids("source_ids")
   for index, name in enumerate(sorted(config.data.sources)):
-    mine = (segments > 0) & (batch["streams/text/source_ids"] == index)
+    mine = (segments > 0) & (sources == index)
     tokens[name] = round(float(mine.sum()) / max(info["documents"].get(name, 0), 1), 1)
   pairs = {path.split("/")[1]: int(np.maximum(batch[path.replace("/lo", "/hi")] - lo, 0).sum())
            for path, lo in batch.items() if path.startswith("masks/") and path.endswith("/lo")}
@@ -116,35 +119,40 @@ def flops(work: Any, data: dict | str) -> dict[str, float]:
   """
   row = {"dense": float(work.dense())}
   if isinstance(data, dict):
-    row["attention"] = float(work.attention(sum(data["pairs"].values())))
+    row["attention"] = float(work.attention(data["pairs"]))
     row["head"] = float(work.head(data["predicted"]))
   return row | {"total": sum(row.values())}
 
 
 def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """For training rows: which implementation runs each attention, and why not the others."""
+  """For training rows: which implementation runs each mask and the tower, and why not others."""
   import jax
   import numpy as np
 
+  from vlm_jax.core.fusion import find_fusion, find_tower
+  from vlm_jax.core.layout import mask_axes
   from vlm_jax.core.mask import full
   from vlm_jax.ops import attention
 
-  vit, llm = config.tower, config.llm
-  patches = (vit.image_size // vit.patch) ** 2 + int(vit.class_token)
-  head = llm.head_dim or llm.width // llm.heads
+  module, tower, llm = find_fusion(config), find_tower(config), config.llm
+  capacity, head = module.axes(config), llm.head_dim or llm.width // llm.heads
   shapes = {
-    "llm": (config.data.tokens, (llm.heads, llm.kv_heads, head)),
-    "tower": (patches, (vit.heads, vit.heads, vit.width // vit.heads)),
+    name: (capacity[queries], capacity[keys], llm.heads, llm.kv_heads, head)
+    for name, (queries, keys) in mask_axes(module.fields(config)).items()
   }
+  if hasattr(tower, "attention_shape"):
+    length, *sizes = tower.attention_shape(config.tower)
+    shapes["tower"] = (length, length, *sizes)
   rows = {}
-  for name, (length, (heads, groups, width)) in shapes.items():
+  for name, (length, keys, heads, groups, width) in shapes.items():
     mask = jax.tree.map(lambda field: np.asarray(field)[None], full(length))
     blocks = {"block_q": config.attention.block_q, "block_k": config.attention.block_k}
-    plan = jax.eval_shape(lambda mask, s=length, b=blocks: attention.make_plan(mask, s, **b), mask)
-    chosen, refused = attention.choose((1, length, heads, width), (1, length, groups, width), plan,
-                                       config.attention.implementation)
-    rows[name] = {"length": length, "heads": heads, "groups": groups, "head_dim": width,
-                  "implementation": chosen, "refused": refused}
+    plan = jax.eval_shape(lambda mask, s=keys, b=blocks: attention.make_plan(mask, s, **b), mask)
+    chosen, refused = attention.choose((1, length, heads, width), (1, keys, groups, width), plan,
+                                       config.attention.implementation,
+                                       name in getattr(module, "BIASED", ()))
+    rows[name] = {"length": length, "keys": keys, "heads": heads, "groups": groups,
+                  "head_dim": width, "implementation": chosen, "refused": refused}
   return rows
 
 
@@ -157,7 +165,7 @@ def render(plan: dict[str, Any]) -> str:
   lines += ["", "batch of one step"]
   lines += [f"  {path:<36}{dtype}[{', '.join(map(str, shape))}]"
             for path, (dtype, shape) in plan["batch"].items()]
-  lines += ["", f"an image takes {plan['image_slots']} text slots"]
+  lines += ["", f"an image takes {plan['image_slots']} slots"]
   data = plan["data"]
   if isinstance(data, dict):
     for name, tokens in data["tokens"].items():
@@ -170,7 +178,7 @@ def render(plan: dict[str, Any]) -> str:
   parts = ", ".join(f"{name} {value:.3g}" for name, value in plan["flops"].items())
   lines += ["", f"FLOPs of a step, forward and backward: {parts}", "", "attention"]
   for name, row in plan["attention"].items():
-    lines.append(f"  {name:<8}{row['length']} x {row['length']}, {row['heads']} heads in "
+    lines.append(f"  {name:<8}{row['length']} x {row['keys']}, {row['heads']} heads in "
                  f"{row['groups']} groups of {row['head_dim']}: {row['implementation']}")
     lines += [f"          not {other}: {reason}" for other, reason in row["refused"].items()]
   return "\n".join(lines)

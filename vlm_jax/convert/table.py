@@ -4,7 +4,8 @@ Every tower, connector and language model has a tuple `KEYS` of rows (ours, thei
 
   ours    path of the parameter below the module, "layers/attention/query/kernel"
   theirs  key below their module, "layers.{layer}.self_attn.q_proj.weight"; with {layer}, ours is
-          stacked on a leading axis and one row stands for the keys of all layers
+          stacked on a leading axis and one row stands for the keys of all layers ({next}: layers
+          from 1 on, where their layer 0 is not like the others)
   op      name in `OPS`: how the arrays of one layer differ
 
 A row whose parameter the config does not make (a class token, a bias) is passed over. Because
@@ -67,6 +68,12 @@ OPS = {
     lambda a: a.reshape(-1, a.shape[-1]).T,
     lambda a, s: a.T.reshape(s),
   ),
+  # torch Conv2d [out,in,size,size]; ours [size,size,in,out].
+  "conv": Op(
+    lambda s: (s[3], s[2], s[0], s[1]),
+    lambda a: a.transpose(3, 2, 0, 1),
+    lambda a, s: a.transpose(2, 3, 1, 0),
+  ),
   # torch Conv2d [D,3,size,size]; ours [size*size*3, D], a patch being (row, column, channel).
   "patch": Op(_patch_shape, _export_patch, _load_patch),
 }
@@ -111,11 +118,12 @@ def entries(parts: Iterable[tuple[str, str, Keys]], shapes: Mapping[str, Shape])
         raise ValueError(f"two rows of KEYS describe {path}")
       seen.add(path)
       shape = tuple(shapes[path])
-      if "{layer}" not in key:
+      if "{layer}" not in key and "{next}" not in key:
         found.append(Entry(path, None, key, OPS[op], shape))
         continue
       for layer in range(shape[0]):
-        found.append(Entry(path, layer, key.format(layer=layer), OPS[op], shape[1:]))
+        name = key.format(layer=layer, next=layer + 1)
+        found.append(Entry(path, layer, name, OPS[op], shape[1:]))
   if left := sorted(set(shapes) - seen):
     raise ValueError(f"no row of KEYS describes {name_keys(left)}")
   return found

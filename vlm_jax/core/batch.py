@@ -18,21 +18,21 @@ class Stream:
 
   Attributes:
     tokens: i32[B,T].
-    targets: i32[B,T], the token each slot predicts.
     fill: i32[B,T], row of the media table that fills the slot, -1 the token embedding.
     positions: i32[B,T] for position embeddings; restart per document.
     segment_ids: i32[B,T], 1.. per document of the row, 0 padding.
     source_ids: i32[B,T], index of the data source.
+    targets: i32[B,T], the token each slot predicts; None in a stream that predicts nothing.
     loss_weights: objective to f32[B,T].
   """
 
   tokens: Array
-  targets: Array
   fill: Array
   positions: Array
   segment_ids: Array
   source_ids: Array
-  loss_weights: dict[str, Array]
+  targets: Array | None = None
+  loss_weights: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

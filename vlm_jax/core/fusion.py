@@ -25,11 +25,19 @@ from vlm_jax.core.typing import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of every layer: k, v f[L,B,S,G,C]; `length` i32[], columns written so far."""
+  """Keys and values of every layer.
+
+  Attributes:
+    k, v: f[L,B,S,G,C], of the stream that speaks.
+    length: i32[], columns written so far.
+    memory: the same two of the slots that cross-attention reads, made by the first call; None
+      before it, and in models that read one stream.
+  """
 
   k: Array
   v: Array
   length: Array
+  memory: tuple[Array, Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +46,7 @@ class Output:
   """What a fusion returns.
 
   Attributes:
-    hidden: f[B,T,D], after the last norm.
+    hidden: f[B,T,D] of the stream that speaks, after the last norm.
     head: f[D,V], the vocabulary projection (the transposed embedding when tied).
     cache: the cache with this call's keys and values appended, or None.
   """
@@ -62,19 +70,29 @@ class Features:
   pooled: Array | None = None
 
 
+FROZEN = "frozen_"  # how names of leaves begin that no stage trains (imported statistics)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of training: which parameters move, by path pattern (see train.optimizer)."""
+  """One stage of training: which parameters move, by path pattern (see train.optimizer).
+
+  Leaves whose names begin with `FROZEN` never do, whatever a pattern says.
+  """
 
   name: str
   trainable: tuple[str, ...]
 
 
 class Fusion(Protocol):
-  """What a module in `vlm_jax/fusion` offers."""
+  """What a module in `vlm_jax/fusion` offers.
+
+  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add.
+  """
 
   Model: type
   STAGES: tuple[Stage, ...]
+  STREAM: str  # the stream that speaks: its slots are predicted, and `Output.hidden` is theirs
 
   def axes(self, config: ConfigDict) -> dict[str, int]:
     """The capacity of every axis of one packed row."""
@@ -99,7 +117,11 @@ class Tower(Protocol):
   """What a module in `vlm_jax/towers` offers.
 
   Model(config.tower, config.attention, precision) is called with pixels u8[B,N,Height,Width,3] and
-  returns Features. `config` below is `config.tower`.
+  returns Features. `config` below is `config.tower`. Two functions are optional:
+
+    uses(config, path)        to how many places of one image a parameter of the tower is applied;
+                              left out: to every place of the grid
+    attention_shape(config)   (T, H, G, C) of the tower's attention; left out: it has none
   """
 
   Model: type
@@ -127,12 +149,14 @@ class Connector(Protocol):
 class LanguageModel(Protocol):
   """What a module in `vlm_jax/llm` offers.
 
-  Model(config.llm, config.attention, precision) has the methods embed(tokens i32[B,T]) -> f[B,T,D]
-  and __call__(x f[B,T,D], positions i32[B,T], mask, cache=None) -> Output. `config` below is
-  `config.llm`.
+  Model(config.llm, config.attention, precision) returns an Output. How it is called depends on
+  KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
+  positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
+  `config` below is `config.llm`.
   """
 
   Model: type
+  KIND: str
 
   def empty_cache(self, config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:
     """A cache of S = `columns` with nothing in it."""
@@ -184,6 +208,14 @@ def find_connector(config: ConfigDict) -> Connector:
   return cast(Connector, find("connectors", config.connector.name, outside=config.outside))
 
 
-def find_llm(config: ConfigDict) -> LanguageModel:
-  """The language model of `config.llm.name`, typed."""
-  return cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
+def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
+  """The language model of `config.llm.name`, typed.
+
+  Raises:
+    UsageError: `kind` is given and the model is of another kind.
+  """
+  module = cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
+  if kind and module.KIND != kind:
+    raise UsageError(f"config.llm.name '{config.llm.name}' is of kind '{module.KIND}'; "
+                     f"config.fusion.name '{config.fusion.name}' needs a '{kind}'")
+  return module

@@ -6,6 +6,7 @@ of the axis it points into. The packer knows nothing else.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -56,26 +57,46 @@ def stream_fields(stream: str, objectives: tuple[str, ...], classes: bool) -> di
 
   Args:
     stream: name of the stream, of its axis and of its mask.
-    objectives: names of the losses that read it; each gets a weight per slot.
+    objectives: names of the losses that read it; each gets a weight per slot. Without any the
+      stream has no targets either.
     classes: whether the mask needs classes (fan-out documents).
   """
-  path, mask = f"streams/{stream}", f"masks/{stream}"
+  path = f"streams/{stream}"
   fields = {
     f"{path}/tokens": Field(stream),
-    f"{path}/targets": Field(stream),
     f"{path}/fill": Field(stream, shift="table", pad=IGNORE),
     f"{path}/positions": Field(stream),
     f"{path}/segment_ids": Field(stream, shift="documents", base=1),
     f"{path}/source_ids": Field(stream),
-    f"{mask}/lo": Field(stream, shift=stream),
-    f"{mask}/hi": Field(stream, shift=stream),
-  }
+  } | mask_fields(stream, stream, stream, classes)
+  if objectives:
+    fields[f"{path}/targets"] = Field(stream)
   for objective in objectives:
     fields[f"{path}/loss_weights/{objective}"] = Field(stream, dtype="float32")
-  if classes:
-    fields[f"{mask}/q_class"] = Field(stream, base=1)
-    fields[f"{mask}/k_class"] = Field(stream, base=1)
   return fields
+
+
+def mask_fields(name: str, queries: str, keys: str, classes: bool) -> dict[str, Field]:
+  """The fields of the mask `name`: slots of the axis `queries` see slots of the axis `keys`."""
+  path = f"masks/{name}"
+  fields = {f"{path}/lo": Field(queries, shift=keys), f"{path}/hi": Field(queries, shift=keys)}
+  if classes:
+    fields[f"{path}/q_class"] = Field(queries, base=1)
+    fields[f"{path}/k_class"] = Field(keys, base=1)
+  return fields
+
+
+def streams_of(fields: Iterable[str]) -> list[str]:
+  """The names of the streams, in the order of the paths of fields or of a flat batch."""
+  found = (path.split("/") for path in fields)
+  return [parts[1] for parts in found if parts[0] == "streams" and parts[2] == "tokens"]
+
+
+def mask_axes(fields: dict[str, Field]) -> dict[str, tuple[str, str]]:
+  """Mask name to the axes of its queries and of its keys."""
+  found = ((path.split("/"), field) for path, field in fields.items())
+  return {parts[1]: (field.axis, field.shift or field.axis) for parts, field in found
+          if parts[0] == "masks" and parts[2] == "lo"}
 
 
 def image_fields(height: int, width: int) -> dict[str, Field]:

@@ -88,14 +88,22 @@ class IntervalMask:
 
   def picture(self, labels: str = "", num_keys: int | None = None) -> str:
     """The mask of one row as the 0/1 picture of the docstrings: a '1' per visible key, '.' else."""
-    dense = np.asarray(self.dense(num_keys))
-    if dense.ndim != 2:
-      raise ValueError(f"picture draws one row: take mask.lo[b], got shape {dense.shape}")
-    lines = [" ".join("1" if seen else "." for seen in row) for row in dense]
-    if labels:
-      lines = [" ".join(labels[: dense.shape[1]])] + lines
-      lines = [f"{mark} {line}" for mark, line in zip(" " + labels, lines, strict=True)]
-    return "\n".join(lines)
+    return draw(np.asarray(self.dense(num_keys)), labels)
+
+
+def draw(dense: np.ndarray, labels: str = "") -> str:
+  """The picture of bool[T,S], with a label for every row and column if T is S.
+
+  Raises:
+    ValueError: more than one row of a batch.
+  """
+  if dense.ndim != 2:
+    raise ValueError(f"picture draws one row: take mask.lo[b], got shape {dense.shape}")
+  lines = [" ".join("1" if seen else "." for seen in row) for row in dense]
+  if labels:
+    lines = [" ".join(labels[: dense.shape[1]])] + lines
+    lines = [f"{mark} {line}" for mark, line in zip(" " + labels, lines, strict=True)]
+  return "\n".join(lines)
 
 
 # Builders for one document of n tokens (numpy, on the host). Packing shifts lo and hi.

@@ -53,9 +53,10 @@ class Decoding:
     max_aspect: images whose longer side is more than so many times the shorter are bad records.
     background: the colour (red, green, blue) under transparency and around a letterboxed image.
     draft: 0 decodes every pixel. n > 0 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, but
-      never to less than n times the target: faster, and not the same pixels. On pictures with the
-      spectrum of photographs, 480 to 960 lines high, resized to 64: n = 1 mean 0.9, at most 6 grey
-      levels off; n = 2 mean 0.4, at most 3.
+      never to less than n times the target: faster, and not the same pixels. How far they are off
+      depends on what is left to the kernel: of noise with the spectrum of photographs, 640 x 480,
+      n = 1 is 0.9 grey levels off in the mean and 6 at most at 64 pixels, 4 and 27 at 224 (where
+      benchmarks/loader.py measures it); n = 2 is 0.4 and 3 off at 64 and decodes all for 224.
     fit: how an image becomes a square, one of `FITS`.
     kernel: how it is resized, one of `KERNELS`.
   """
@@ -142,7 +143,7 @@ def _open(data: bytes, how: Decoding, size: int) -> Image.Image:
   except Exception as error:
     raise BadExample("truncated", str(error)) from error
   with contextlib.suppress(Exception):  # unreadable EXIF data says nothing about the orientation
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
   return _rgb(image, how)
 
 
@@ -180,7 +181,7 @@ def _rgb(image: Image.Image, how: Decoding) -> Image.Image:
     image = image.convert("RGBA")
     background = Image.new("RGBA", image.size, (*how.background, 255))
     image = Image.alpha_composite(background, image)
-  return image.convert("RGB")
+  return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def resize(image: Image.Image, size: tuple[int, int], kernel: str) -> Image.Image:

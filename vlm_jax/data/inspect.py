@@ -7,12 +7,15 @@ themselves: what is shown is what is trained on.
 import json
 import os
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.layout import mask_axes, streams_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -53,7 +56,7 @@ def inspect(config: ConfigDict, steps: int = 4, examples: int = 3, rows: int = 2
   lines += summary(config, [batch for batch, _ in made], [info for _, info in made])
   lines += ["", *show(config, made[0][0], examples)]
   if picture:
-    draw_rows(made[0][0], rows).save(picture)
+    draw_rows(config, made[0][0], rows).save(picture)
     lines += ["", f"{picture}: tokens and attention of {rows} rows of the first step"]
   return "\n".join(lines)
 
@@ -70,9 +73,10 @@ def summary(config: ConfigDict, batches: list[Flat], infos: list[dict]) -> list[
   images: dict[str, list[int]] = {name: [] for name in names}
   for batch in batches:
     for row, number in _documents(batch):
-      slots = batch["streams/text/segment_ids"][row] == number
-      name = names[batch["streams/text/source_ids"][row][slots][0]]
-      tokens[name].append(int(slots.sum()))
+      slots = _slots(batch, row, number)
+      sources = [batch[f"streams/{stream}/source_ids"][row][mine] for stream, mine in slots.items()]
+      name = names[np.concatenate(sources)[0]]
+      tokens[name].append(sum(map(len, slots.values())))
       if "media/images/segment_ids" in batch:
         images[name].append(int((batch["media/images/segment_ids"][row] == number).sum()))
   for name in names:
@@ -83,8 +87,15 @@ def summary(config: ConfigDict, batches: list[Flat], infos: list[dict]) -> list[
 
 
 def _documents(batch: Flat) -> list[tuple[int, int]]:
-  ids = batch["streams/text/segment_ids"]
+  """(row, number in the row) of every document."""
+  ids = np.concatenate([batch[f"streams/{name}/segment_ids"] for name in streams_of(batch)], axis=1)
   return [(row, int(n)) for row in range(len(ids)) for n in np.unique(ids[row]) if n]
+
+
+def _slots(batch: Flat, row: int, number: int) -> dict[str, np.ndarray]:
+  """Stream name to the slots of a document."""
+  return {name: np.flatnonzero(batch[f"streams/{name}/segment_ids"][row] == number)
+          for name in streams_of(batch)}
 
 
 def histogram(values: list[int], bins: int = 8) -> list[str]:
@@ -101,20 +112,24 @@ def histogram(values: list[int], bins: int = 8) -> list[str]:
 
 
 def show(config: ConfigDict, batch: Flat, examples: int) -> list[str]:
-  """Documents written out: <image:n> for n image slots, [[predicted text]] in double brackets."""
+  """Documents written out: <image:n> for n image slots, [[predicted text]] in double brackets.
+
+  Several streams are written one after the other, with " | " between them.
+  """
   tokenizer = pipeline.load_tokenizer(config)
   lines = []
   for row, number in _documents(batch)[:examples]:
-    slots = np.flatnonzero(batch["streams/text/segment_ids"][row] == number)
-    lines += [f"row {row}, document {number}:", "  " + written(batch, row, slots, tokenizer)]
+    parts = [written(batch, stream, row, slots, tokenizer)
+             for stream, slots in _slots(batch, row, number).items()]
+    lines += [f"row {row}, document {number}:", "  " + " | ".join(parts)]
   return lines
 
 
-def written(batch: Flat, row: int, slots: np.ndarray, tokenizer: Tokenizer) -> str:
+def written(batch: Flat, stream: str, row: int, slots: np.ndarray, tokenizer: Tokenizer) -> str:
   """The text of some slots of a row; a token is in [[ ]] when the slot before it predicts it."""
-  tokens, fill = batch["streams/text/tokens"][row], batch["streams/text/fill"][row]
+  tokens, fill = batch[f"streams/{stream}/tokens"][row], batch[f"streams/{stream}/fill"][row]
   runs: list[tuple[str, list[int]]] = []
-  kinds = kinds_of(batch, row)
+  kinds = kinds_of(batch, stream, row)
   for slot in slots:
     kind = "image" if fill[slot] >= 0 else kinds[slot]
     if not runs or runs[-1][0] != kind:
@@ -130,36 +145,45 @@ def written(batch: Flat, row: int, slots: np.ndarray, tokenizer: Tokenizer) -> s
   return "".join(write(kind, ids) for kind, ids in runs)
 
 
-def kinds_of(batch: Flat, row: int) -> list[str]:
-  """The kind of every slot of a row: a key of `COLOURS`."""
-  fill, segments = batch["streams/text/fill"][row], batch["streams/text/segment_ids"][row]
+def kinds_of(batch: Flat, stream: str, row: int) -> list[str]:
+  """The kind of every slot of a row of a stream: a key of `COLOURS`."""
+  path = f"streams/{stream}"
+  fill, segments = batch[f"{path}/fill"][row], batch[f"{path}/segment_ids"][row]
   predicted = np.zeros(len(fill), bool)
-  for path, weights in batch.items():
-    if path.startswith("streams/text/loss_weights/"):
+  for name, weights in batch.items():
+    if name.startswith(f"{path}/loss_weights/"):
       predicted[1:] |= weights[row][:-1] > 0
   return ["padding" if not segments[i] else "image" if fill[i] >= 0
           else "predicted" if predicted[i] else "prompt" for i in range(len(fill))]
 
 
-def draw_rows(batch: Flat, rows: int) -> Image.Image:
-  """The first rows as a picture: token kinds on two sides of the T x T mask, one pixel a pair.
+def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
+  """The first rows as a picture: token kinds on two sides of every mask, one pixel a pair.
 
-  A dark pixel at (i, j) says that slot i sees slot j; a legend stands below.
+  A dark pixel at (i, j) says that slot i sees slot j. Masks stand side by side in the order of the
+  batch, rows of the batch too; a legend stands below.
   """
-  mask = from_flat(batch).masks["text"]
-  rows = min(rows, len(mask.lo))
-  width, strip, gap, legend = mask.lo.shape[-1], 12, 16, 24
-  side = strip + width
-  canvas = Image.new("RGB", (rows * (side + gap) - gap, side + legend), UNSEEN)
-  for row in range(rows):
-    one = type(mask)(*(None if field is None else np.asarray(field[row]) for field in (
-      mask.lo, mask.hi, mask.q_class, mask.k_class, mask.k_index)))
-    pixels = np.where(np.asarray(one.dense(width))[..., None], SEEN, UNSEEN).astype(np.uint8)
-    colours = np.array([COLOURS[kind] for kind in kinds_of(batch, row)], np.uint8)
-    left = row * (side + gap)
-    canvas.paste(Image.fromarray(pixels), (left + strip, strip))
-    canvas.paste(Image.fromarray(np.repeat(colours[None], strip, 0)), (left + strip, 0))
-    canvas.paste(Image.fromarray(np.repeat(colours[:, None], strip, 1)), (left, strip))
+  masks = from_flat(batch).masks
+  axes = mask_axes(find_fusion(config).fields(config))
+  rows = min(rows, len(next(iter(masks.values())).lo))
+  strip, gap, legend = 12, 16, 24
+  length = {name: batch[f"streams/{name}/tokens"].shape[1] for name in streams_of(batch)}
+  panels = [(name, row) for row in range(rows) for name in axes]
+  width = sum(strip + length[axes[name][1]] + gap for name, _ in panels) - gap
+  side = strip + max(length.values())
+  canvas = Image.new("RGB", (width, side + legend), UNSEEN)
+  left = 0
+  colours = lambda stream, row: np.array(
+    [COLOURS[kind] for kind in kinds_of(batch, stream, row)], np.uint8)
+  for name, row in panels:
+    queries, keys = axes[name]
+    one = jax.tree.map(lambda field, row=row: np.asarray(field[row]), masks[name])
+    pixels = np.where(np.asarray(one.dense(length[keys]))[..., None], SEEN, UNSEEN)
+    canvas.paste(Image.fromarray(pixels.astype(np.uint8)), (left + strip, strip))
+    top, aside = colours(keys, row), colours(queries, row)
+    canvas.paste(Image.fromarray(np.repeat(top[None], strip, 0)), (left + strip, 0))
+    canvas.paste(Image.fromarray(np.repeat(aside[:, None], strip, 1)), (left, strip))
+    left += strip + length[keys] + gap
   pen, left = ImageDraw.Draw(canvas), 4
   for kind, colour in (COLOURS | {"sees": SEEN}).items():
     pen.rectangle((left, side + 7, left + 10, side + 17), fill=colour)
@@ -212,6 +236,6 @@ def inspect_step(workdir: str, step: int, start: dict | None = None, start_step:
   lines = [f"step {step} of {workdir}", *summary(config, [batch], [info]), "",
            *show(config, batch, examples)]
   if picture:
-    draw_rows(batch, rows).save(picture)
+    draw_rows(config, batch, rows).save(picture)
     lines += ["", f"{picture}: tokens and attention of {rows} rows"]
   return "\n".join(lines)

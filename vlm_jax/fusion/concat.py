@@ -34,7 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core import mask as masks
-from vlm_jax.core.batch import Batch
+from vlm_jax.core.batch import Batch, Stream
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Cache, Output, Stage, find_connector, find_llm, find_tower
@@ -50,6 +50,7 @@ STAGES = (
   Stage("projector", ("connector/.*",)),  # LLaVA's first stage: aligns the features
   Stage("finetune", ("connector/.*", "llm/.*")),  # its second: the tower stays as it is
 )
+STREAM = "text"
 IMAGE_ATTENTION = ("causal", "bidirectional")
 FAN_OUT = "fan_out"  # the form of sources whose documents have branches
 
@@ -64,7 +65,7 @@ def axes(config: ConfigDict) -> dict[str, int]:
 def fields(config: ConfigDict) -> dict[str, Field]:
   """One text stream with one objective, one image axis; classes if a source fans out."""
   side = config.tower.image_size
-  return stream_fields("text", ("lm",), _fans_out(config)) | image_fields(side, side)
+  return stream_fields(STREAM, ("lm",), has_classes(config)) | image_fields(side, side)
 
 
 def rows(config: ConfigDict) -> np.ndarray:
@@ -119,14 +120,14 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
     ValueError: a mask that already uses its classes, and branches.
   """
   length, images = len(slots), encoded.images
-  text, mask_path = "streams/text", "masks/text"
+  text, mask_path = f"streams/{STREAM}", f"masks/{STREAM}"
   arrays = {
     f"{text}/tokens": slots.tokens,
     f"{text}/targets": slots.targets,
     f"{text}/fill": slots.fill,
     f"{text}/positions": slots.positions,
     f"{text}/segment_ids": np.ones(length, np.int32),
-    f"{text}/source_ids": np.full(length, _source_id(encoded, config), np.int32),
+    f"{text}/source_ids": np.full(length, source_id(encoded, config), np.int32),
     f"{text}/loss_weights/lm": slots.weight,
     f"{mask_path}/lo": mask.lo,
     f"{mask_path}/hi": mask.hi,
@@ -134,35 +135,44 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
   if mask.q_class is not None or mask.k_class is not None:
     raise ValueError(f"config.fusion.name '{config.fusion.name}': the mask has one class axis, and "
                      "both the strategy's own classes and fan-out branches want it")
-  if _fans_out(config):
+  if fans_out(encoded, config):
     arrays |= {f"{mask_path}/q_class": slots.branch, f"{mask_path}/k_class": slots.branch}
-  elif encoded.branched:
-    raise UsageError(f"document {encoded.key} of '{encoded.source}' has branches, but no "
-                     f"config.data.sources.*.form is '{FAN_OUT}'")
-  side = config.tower.image_size
-  arrays["media/images/values"] = (
-    np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
-  )
-  arrays["media/images/segment_ids"] = np.ones(len(images), np.int32)
+  arrays |= image_arrays(encoded, config)
   sizes = {"text": length, "images": len(images), "table": len(images) * len(rows(config)),
            "documents": 1}
   return Layout(arrays, sizes, encoded.source, encoded.key)
 
 
+def image_arrays(encoded: Encoded, config: ConfigDict) -> dict[str, np.ndarray]:
+  """The arrays of the media axis "images"."""
+  images, side = encoded.images, config.tower.image_size
+  values = np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
+  return {"media/images/values": values,
+          "media/images/segment_ids": np.ones(len(images), np.int32)}
+
+
 def losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, Array]:
   """lm: the next-token loss of predicted tokens, sums f32[sources]."""
-  text = batch.streams["text"]
-  weights = text.loss_weights["lm"]
-  return {"lm": loss_ops.cross_entropy_sums(
-    output.hidden, output.head, text.targets, weights, text.source_ids, len(config.data.sources)
-  )}
+  return lm_losses(output, batch.streams[STREAM], config)
 
 
 def weights(batch: Batch, config: ConfigDict) -> dict[str, Array]:
   """lm: the number of predicted tokens, f32[sources]."""
-  text = batch.streams["text"]
+  return lm_weights(batch.streams[STREAM], config)
+
+
+def lm_losses(output: Output, stream: Stream, config: ConfigDict) -> dict[str, Array]:
+  """lm: the next-token loss of the predicted tokens of the stream that speaks, f32[sources]."""
+  return {"lm": loss_ops.cross_entropy_sums(
+    output.hidden, output.head, stream.targets, stream.loss_weights["lm"], stream.source_ids,
+    len(config.data.sources),
+  )}
+
+
+def lm_weights(stream: Stream, config: ConfigDict) -> dict[str, Array]:
+  """lm: the number of predicted tokens of the stream that speaks, f32[sources]."""
   count = len(config.data.sources)
-  return {"lm": loss_ops.source_sums(text.loss_weights["lm"], text.source_ids, count)}
+  return {"lm": loss_ops.source_sums(stream.loss_weights["lm"], stream.source_ids, count)}
 
 
 class Model(nn.Module):
@@ -197,38 +207,54 @@ class Model(nn.Module):
     """
     del rng
     config, dtypes = self.config, precision(self.config)
-    text, mask = batch.streams["text"], batch.masks["text"]
-    language = find_llm(config)
+    text, mask = batch.streams[STREAM], batch.masks[STREAM]
+    language = find_llm(config, "decoder")
     if reason := language.supports(mask):
       raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
                        f"'{config.fusion.name}': {reason}")
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     x = llm.embed(text.tokens)
     if "images" in batch.media:
-      table = self._table(batch.media["images"].values)
+      table = media_table(batch.media["images"].values, config)
       x = jnp.where((text.fill >= 0)[..., None], take_rows(table, text.fill), x)
     return llm(x, text.positions, mask, cache)
 
-  def _table(self, values: Array) -> Array:
-    """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,D], R = N * K."""
-    config, dtypes = self.config, precision(self.config)
-    tower = find_tower(config)
-    features = tower.Model(config.tower, config.attention, dtypes, name="tower")(values)
-    connector = find_connector(config).Model(config.connector, config.llm.width, dtypes,
-                                             name="connector")
-    table = connector(features.patches, tower.grid(config.tower))
-    batch, images, slots, width = table.shape
-    if slots != len(rows(config)):
-      raise ValueError(f"connector '{config.connector.name}': {slots} rows an image, but its slots "
-                       f"name {len(rows(config))}")
-    return table.reshape(batch, images * slots, width)
+
+def media_table(values: Array, config: ConfigDict) -> Array:
+  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,D], R = N * K.
+
+  Called inside a compact module, which then has the submodules "tower" and "connector".
+  """
+  dtypes, tower = precision(config), find_tower(config)
+  features = tower.Model(config.tower, config.attention, dtypes, name="tower")(values)
+  connector = find_connector(config).Model(config.connector, config.llm.width, dtypes,
+                                           name="connector")
+  table = connector(features.patches, tower.grid(config.tower))
+  batch, images, slots, width = table.shape
+  if slots != len(rows(config)):
+    raise ValueError(f"connector '{config.connector.name}': {slots} rows an image, but its slots "
+                     f"name {len(rows(config))}")
+  return table.reshape(batch, images * slots, width)
 
 
-def _fans_out(config: ConfigDict) -> bool:
+def fans_out(encoded: Encoded, config: ConfigDict) -> bool:
+  """Whether the masks of this config have classes.
+
+  Raises:
+    UsageError: the document has branches and they have not.
+  """
+  if encoded.branched and not has_classes(config):
+    raise UsageError(f"document {encoded.key} of '{encoded.source}' has branches, but no "
+                     f"config.data.sources.*.form is '{FAN_OUT}'")
+  return has_classes(config)
+
+
+def has_classes(config: ConfigDict) -> bool:
+  """Whether a source fans out, so that masks need classes."""
   return any(source.form == FAN_OUT for source in config.data.sources.values())
 
 
-def _source_id(encoded: Encoded, config: ConfigDict) -> int:
+def source_id(encoded: Encoded, config: ConfigDict) -> int:
   """Index of the document's source; a prompt of nobody's (source "") counts as the first."""
   names = sorted(config.data.sources)
   if encoded.source and encoded.source not in names:

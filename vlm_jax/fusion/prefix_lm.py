@@ -41,9 +41,9 @@ from vlm_jax.core import mask as masks
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import Stage
 from vlm_jax.core.layout import Layout, Slots, write_slots
-from vlm_jax.fusion.concat import Model, assemble, axes, fields, losses, rows, weights
+from vlm_jax.fusion.concat import STREAM, Model, assemble, axes, fields, losses, rows, weights
 
-__all__ = ["STAGES", "Model", "axes", "fields", "layout", "losses", "rows", "weights"]
+__all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "rows", "weights"]
 
 STAGES = (Stage("all", (".*",)),)  # trained from scratch, in one stage
 

@@ -16,7 +16,7 @@ from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import REASONS, BadExample
 from vlm_jax.generate.decode import generate
-from vlm_jax.generate.prompts import STREAM, layouts, stack
+from vlm_jax.generate.prompts import layouts, slots, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few programs are compiled
@@ -69,7 +69,7 @@ def answer(
     "tokens": tokens,
     "log_prob": float(np.asarray(said.log_probs)[0, 0].sum()),
     "stopped": bool(said.stopped[0, 0]),
-    "prompt_tokens": laid_out[0].sizes[STREAM],
+    "prompt_tokens": slots(laid_out[0]),
     "image_tokens": len(pictures) * len(module.rows(config)),
     "seconds": time.perf_counter() - start,
   }
@@ -88,7 +88,8 @@ def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "
   """
   if not prompt:
     return Document((*pictures, Text("", "text")), "", key)
-  branch = int(f"masks/{STREAM}/q_class" in find_fusion(config).fields(config))
+  module = find_fusion(config)
+  branch = int(f"masks/{module.STREAM}/q_class" in module.fields(config))
   parts = (*pictures, Text(prompt, "user", branch=branch), Text("", "assistant", branch=branch))
   return Document(parts, "", key)
 

@@ -6,9 +6,10 @@
 
 Prompts are padded on the right to T slots and written to the first T columns of the cache at once.
 The s-th new token of the j-th open turn of a row sees what the last slot of its turn sees, in the
-same class, and everything after it up to itself. The mask is data, so ragged prompts and several
-open turns that share an image need nothing else. The image of a row is computed once, however many
-questions about it are open.
+same class, and everything after it up to itself. Of another stream (an encoder's) it sees what
+that slot sees; that stream is computed once, and its keys stay in the cache. The masks are data, so
+ragged prompts and several open turns that share an image need nothing else. The image of a row is
+computed once, however many questions about it are open.
 """
 
 import dataclasses
@@ -22,12 +23,13 @@ from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import Batch, Stream, from_flat
-from vlm_jax.core.fusion import Cache, Output, find_fusion, find_llm
-from vlm_jax.core.layout import IGNORE
+from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import Cache, Fusion, Output, find_fusion, find_llm
+from vlm_jax.core.layout import IGNORE, mask_axes
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array, Params
-from vlm_jax.generate.prompts import STREAM, Prompts
+from vlm_jax.generate.prompts import Prompts
 from vlm_jax.generate.sampling import GREEDY, Sampling, choose
 
 
@@ -57,25 +59,27 @@ class Context:
   """What stays the same while a batch is decoded.
 
   Attributes:
-    lo, q_class: i32[B,J], of every open turn (q_class None: the strategy has no classes).
+    stream: the stream that speaks.
+    masks: what the last slot of every open turn sees, i32[B,J] queries, of each axis of keys. The
+      keys of its own stream are i32[B,S], of every column of the cache, also the ones yet to be
+      written; those of another stream are as they were.
     length: i32[B], n.
     position: i32[B,J], of the last slot of the prompt.
-    k_class, k_index: i32[B,S], of every column of the cache, also the ones yet to be written.
     active: bool[B,J], whether there is such a turn.
   """
 
-  lo: Array
-  q_class: Array | None
+  stream: str = dataclasses.field(metadata=dict(static=True))
+  masks: dict[str, IntervalMask]
   length: Array
   position: Array
-  k_class: Array | None
-  k_index: Array
   active: Array
 
 
-def make_context(batch: Batch, ends: Array, max_tokens: int) -> Context:
+def make_context(module: Fusion, config: ConfigDict, batch: Batch, ends: Array,
+                 max_tokens: int) -> Context:
   """Lays out the columns of the cache: T for the prompt, J for each new token but the last."""
-  stream, mask = batch.streams[STREAM], batch.masks[STREAM]
+  name = module.STREAM
+  stream, mask = batch.streams[name], batch.masks[name]
   rows, slots = stream.tokens.shape
   turns, active = ends.shape[1], ends >= 0
   at = lambda field: jnp.take_along_axis(field, jnp.maximum(ends, 0), axis=1)
@@ -85,20 +89,28 @@ def make_context(batch: Batch, ends: Array, max_tokens: int) -> Context:
   repeat = lambda values: jnp.tile(values, (1, max_tokens - 1))
   prompt = jnp.where(stream.segment_ids > 0, jnp.arange(slots, dtype=jnp.int32), NEVER)
   k_index = jnp.concatenate([prompt, jnp.where(repeat(active), index, NEVER)], axis=1)
-  q_class = k_class = None
-  if mask.q_class is not None:
-    q_class = at(mask.q_class)
-    k_class = jnp.concatenate([mask.k_class, repeat(q_class)], axis=1)
-  return Context(at(mask.lo), q_class, length, at(stream.positions), k_class, k_index, active)
+  masks = {}
+  for other, (queries, _) in mask_axes(module.fields(config)).items():
+    if queries == name:
+      seen = batch.masks[other]
+      # A turn that does not exist sees nothing; its keys have k_index NEVER.
+      hi, q_class = jnp.where(active, at(seen.hi), 0), None
+      if seen.q_class is not None:
+        q_class = at(seen.q_class)
+      masks[other] = dataclasses.replace(seen, lo=at(seen.lo), hi=hi, q_class=q_class)
+  k_class = None
+  if mask.k_class is not None:
+    k_class = jnp.concatenate([mask.k_class, repeat(masks[name].q_class)], axis=1)
+  masks[name] = dataclasses.replace(masks[name], k_class=k_class, k_index=k_index)
+  return Context(name, masks, length, at(stream.positions), active)
 
 
 def prefill(model: Any, params: Params, batch: Batch, ends: Array, context: Context,
             cache: Cache) -> tuple[Array, Cache]:
   """Reads the prompts: logits f32[B,J,V] of each open turn's next token, and the filled cache."""
-  mask = dataclasses.replace(
-    batch.masks[STREAM], k_class=context.k_class, k_index=context.k_index
-  )
-  batch = dataclasses.replace(batch, masks={**batch.masks, STREAM: mask})
+  name, columns = context.stream, context.masks[context.stream]
+  mask = dataclasses.replace(batch.masks[name], k_class=columns.k_class, k_index=columns.k_index)
+  batch = dataclasses.replace(batch, masks={**batch.masks, name: mask})
   output = model.apply({"params": params}, batch, cache=cache)
   hidden = jnp.take_along_axis(output.hidden, jnp.maximum(ends, 0)[..., None], axis=1)
   return Output(hidden, output.head).logits(), output.cache
@@ -120,31 +132,28 @@ def extend(model: Any, params: Params, tokens: Array, step: Array, context: Cont
   """
   rows, turns = tokens.shape
   own = context.length[:, None] + step * turns + jnp.arange(turns, dtype=jnp.int32)
-  # A turn that does not exist sees nothing; its keys have k_index NEVER.
+  name, zeros = context.stream, jnp.zeros((rows, turns), jnp.int32)
   hi = jnp.where(context.active, own + 1, 0)
-  mask = IntervalMask(context.lo, hi, context.q_class, context.k_class, context.k_index)
-  zeros = jnp.zeros((rows, turns), jnp.int32)
+  masks = {**context.masks, name: dataclasses.replace(context.masks[name], hi=hi)}
   stream = Stream(
     tokens=tokens,
-    targets=zeros,
     fill=zeros + IGNORE,
     positions=context.position + 1 + step,
     segment_ids=context.active.astype(jnp.int32),
     source_ids=zeros,
-    loss_weights={},
   )
-  batch = Batch(streams={STREAM: stream}, media={}, masks={STREAM: mask})
+  batch = Batch(streams={name: stream}, media={}, masks=masks)
   output = model.apply({"params": params}, batch, cache=cache)
   return output.logits(), output.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_tokens"))
 def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Generated:
-  model = find_fusion(config).Model(config)
-  batch = from_flat(flat)
-  context = make_context(batch, ends, max_tokens)
+  module, batch = find_fusion(config), from_flat(flat)
+  model = module.Model(config)
+  context = make_context(module, config, batch, ends, max_tokens)
   rows, turns = ends.shape
-  columns, dtype = context.k_index.shape[1], precision(config).compute
+  columns, dtype = context.masks[context.stream].k_index.shape[1], precision(config).compute
   cache = find_llm(config).empty_cache(config.llm, rows, columns, dtype)
   logits, cache = prefill(model, params, batch, ends, context, cache)
 
@@ -206,9 +215,16 @@ def generate(
 
   Raises:
     ValueError: max_tokens below 1.
+    UsageError: more tokens than the model has learned positions.
   """
   if max_tokens < 1:
     raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+  positions = prompts.flat[f"streams/{find_fusion(config).STREAM}/positions"]
+  # The last token of an answer is never read, so it needs no position.
+  last = int(positions.max()) + max_tokens - 1
+  if config.llm.positions and last >= config.llm.positions:
+    raise UsageError(f"config.llm.positions is {config.llm.positions}, too few for {max_tokens} "
+                     f"new tokens behind a prompt of {int(positions.max()) + 1}; ask for fewer")
   if seeds is None:
     seeds = sampling.seed + np.arange(len(prompts.ends))
   return _run(

@@ -13,9 +13,7 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout
-
-STREAM = "text"  # the stream that speaks
+from vlm_jax.core.layout import Layout, streams_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +21,9 @@ class Prompts:
   """B rows, one document each.
 
   Attributes:
-    flat: path to array [B,...], the text axis padded on the right.
-    ends: i32[B,J], the last slot of each of the J open turns of a row; -1: none.
+    flat: path to array [B,...], the axes of streams padded on the right.
+    ends: i32[B,J], the last slot of each of the J open turns of a row, in the stream that speaks;
+      -1: none.
   """
 
   flat: dict[str, np.ndarray]
@@ -37,19 +36,30 @@ def layouts(encoded: Sequence[Encoded], config: ConfigDict) -> list[Layout]:
   return [module.layout(document, config, np.random.default_rng(0)) for document in encoded]
 
 
-def open_ends(layout: Layout) -> np.ndarray:
-  """i32[j], the slots from which a prompt goes on: the last of every branch, or of the trunk."""
-  length = layout.sizes[STREAM]
-  classes = layout.arrays.get(f"masks/{STREAM}/q_class", np.zeros(length, np.int32))
+def open_ends(layout: Layout, stream: str) -> np.ndarray:
+  """i32[j], the slots from which a prompt goes on: the last of every branch, or of the trunk.
+
+  Args:
+    layout: of a prompt.
+    stream: the stream that speaks.
+  """
+  length = layout.sizes[stream]
+  classes = layout.arrays.get(f"masks/{stream}/q_class", np.zeros(length, np.int32))
   branches = np.unique(classes[classes > 0])
   if not branches.size:
     return np.array([length - 1], np.int32)
   return np.array([np.flatnonzero(classes == branch)[-1] for branch in branches], np.int32)
 
 
+def slots(layout: Layout) -> int:
+  """How many slots a document takes in all streams."""
+  return sum(len(array) for path, array in layout.arrays.items()
+             if path.startswith("streams/") and path.endswith("/tokens"))
+
+
 def by_length(documents: Sequence[Layout], size: int) -> list[list[int]]:
   """Indices of documents of about equal length, `size` at a time."""
-  order = sorted(range(len(documents)), key=lambda index: documents[index].sizes[STREAM])
+  order = sorted(range(len(documents)), key=lambda index: slots(documents[index]))
   return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -71,14 +81,16 @@ def stack(
   """
   if len(documents) > rows:
     raise UsageError(f"{len(documents)} prompts do not fit into {rows} rows")
-  fields = find_fusion(config).fields(config)
+  module = find_fusion(config)
+  fields = module.fields(config)
   axes = {
     axis: max(document.sizes.get(axis, 0) for document in documents)
     for axis in {field.axis for field in fields.values()}
   }
-  axes[STREAM] = -(-max(axes[STREAM], 1) // bucket) * bucket
+  for stream in streams_of(fields):
+    axes[stream] = -(-max(axes[stream], 1) // bucket) * bucket
   flat = batches.empty(fields, axes, rows)
-  ends = [open_ends(document) for document in documents]
+  ends = [open_ends(document, module.STREAM) for document in documents]
   wide = -(-max(map(len, ends)) // turns) * turns
   table = np.full((rows, wide), -1, np.int32)
   for row, (document, end) in enumerate(zip(documents, ends, strict=True)):

@@ -19,6 +19,8 @@ from vlm_jax.nn.mlp import GatedMLP
 from vlm_jax.nn.norms import RMSNorm
 from vlm_jax.ops.rope import rotation
 
+KIND = "decoder"
+
 # Ours, theirs (below "model."; lm_head is its sibling), operation: see vlm_jax/convert/table.py.
 KEYS = (
   ("embed/embedding", "model.embed_tokens.weight", "copy"),

@@ -1,4 +1,4 @@
-"""Self-attention with grouped queries, rotary positions or none, and a cache of keys and values."""
+"""Self- and cross-attention with grouped queries, rotary positions or none, and cached keys."""
 
 import dataclasses
 
@@ -25,12 +25,14 @@ class Context:
     plan: its block classification.
     rotation: of queries and keys by their positions, or None.
     length: i32[], columns of the cache written so far, or None without a cache.
+    bias: f[B,H,T,S] added to the logits (relative positions), or None.
   """
 
   mask: IntervalMask
   plan: AttentionPlan
   rotation: Rotation | None = None
   length: Array | None = None
+  bias: Array | None = None
 
 
 def make_context(
@@ -39,6 +41,9 @@ def make_context(
   blocks: tuple[int, int],
   columns: int | None = None,
   length: Array | None = None,
+  *,
+  keys: int | None = None,
+  bias: Array | None = None,
 ) -> Context:
   """Plans the mask once for all layers.
 
@@ -48,21 +53,24 @@ def make_context(
     blocks: block sizes of queries and keys.
     columns: S, the columns of the cache, None without one.
     length: i32[], columns written so far.
+    keys: S of another stream that is read (cross-attention), None for the queries' own.
+    bias: f[B,H,T,S] or None.
 
   Raises:
     ValueError: a cache with a mask that does not say which key is in which column.
   """
-  keys = mask.num_queries if columns is None else columns
+  if keys is None:
+    keys = mask.num_queries if columns is None else columns
   if columns is not None and (mask.k_index is None or mask.k_index.shape[-1] != columns):
     got = None if mask.k_index is None else mask.k_index.shape
     raise ValueError(f"with a cache of {columns} columns mask.k_index must be i32[B,{columns}] "
                      f"(core.mask.NEVER in columns nobody sees), got {got}")
   plan = make_plan(mask, keys, block_q=blocks[0], block_k=blocks[1])
-  return Context(mask, plan, rotation, length)
+  return Context(mask, plan, rotation, length, bias)
 
 
-class Attention(nn.Module):
-  """softmax(q k^T) v between learned projections.
+class Projections(nn.Module):
+  """What both kinds of attention have: four projections, and the product between them.
 
   Attributes:
     heads, groups: H query heads share G key/value groups, H a multiple of G.
@@ -79,17 +87,34 @@ class Attention(nn.Module):
   implementation: str
   precision: Precision
 
+  def _query(self, x: Array) -> Array:
+    return self._project(x, self.heads, "heads", "query")
+
+  def _keys_and_values(self, x: Array) -> Columns:
+    project = lambda name: self._project(x, self.groups, "kv_heads", name)
+    return project("key"), project("value")
+
+  def _project(self, x: Array, size: int, axis: str, name: str) -> Array:
+    shape, axes = (size, self.head_dim), ("embed", axis, "head")
+    return Linear(shape, axes, self.bias, self.precision, name=name)(x)
+
+  def _attend(self, q: Array, k: Array, v: Array, context: Context, width: int) -> Array:
+    y = attention(q, k, v, context.mask, plan=context.plan, bias=context.bias,
+                  implementation=self.implementation)
+    axes = ("heads", "head", "embed")
+    return Linear((width,), axes, self.bias, self.precision, name="out")(y)
+
+
+class Attention(Projections):
+  """softmax(q k^T + bias) v of a stream with itself; attributes as `Projections`."""
+
   @nn.compact
   def __call__(
     self, x: Array, columns: Columns | None, context: Context
   ) -> tuple[Array, Columns | None]:
     """f[B,T,D] and this layer's cached columns (or None) to f[B,T,D] and the columns after it."""
-    project = lambda size, axis, name: Linear(
-      (size, self.head_dim), ("embed", axis, "head"), self.bias, self.precision, name=name
-    )
-    q = project(self.heads, "heads", "query")(x)
-    k = project(self.groups, "kv_heads", "key")(x)
-    v = project(self.groups, "kv_heads", "value")(x)
+    q = self._query(x)
+    k, v = self._keys_and_values(x)
     if context.rotation is not None:
       q, k = (rotate(y, context.rotation) for y in (q, k))
     if columns is not None:
@@ -99,6 +124,30 @@ class Attention(nn.Module):
         for old, new in zip(columns, (k, v), strict=True)
       )
       columns = (k, v)
-    y = attention(q, k, v, context.mask, plan=context.plan, implementation=self.implementation)
-    out = Linear(x.shape[-1:], ("heads", "head", "embed"), self.bias, self.precision, name="out")
-    return out(y), columns
+    return self._attend(q, k, v, context, x.shape[-1]), columns
+
+
+class CrossAttention(Projections):
+  """softmax(q k^T) v of a stream with the slots of another one; attributes as `Projections`.
+
+  The other stream does not grow, so its keys and values are made once and kept.
+  """
+
+  @nn.compact
+  def __call__(
+    self, x: Array, memory: Array | None, columns: Columns | None, context: Context
+  ) -> tuple[Array, Columns]:
+    """Reads another stream.
+
+    Args:
+      x: f[B,T,D].
+      memory: f[B,S,D'], the other stream; None: `columns` has its keys and values.
+      columns: what an earlier call returned.
+      context: the mask of T queries and S keys.
+
+    Returns:
+      f[B,T,D], and the keys and values f[B,S,G,C].
+    """
+    if memory is not None:
+      columns = self._keys_and_values(memory)
+    return self._attend(self._query(x), *columns, context, x.shape[-1]), columns

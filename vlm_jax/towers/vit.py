@@ -89,6 +89,13 @@ def grid(config: ConfigDict) -> tuple[int, int]:
   return side, side
 
 
+def attention_shape(config: ConfigDict) -> tuple[int, int, int, int]:
+  """(T, H, G, C) of every layer's attention."""
+  rows, columns = grid(config)
+  length = rows * columns + int(config.class_token)
+  return length, config.heads, config.heads, config.width // config.heads
+
+
 def patches(values: Array, config: ConfigDict) -> Array:
   """Pixels u8[B,N,Height,Width,3] to normalised patches f32[B*N, P, p*p*3]."""
   batch, images, height, width, channels = values.shape

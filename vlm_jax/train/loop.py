@@ -187,7 +187,8 @@ class Run:
   def log(self, step: int, row: dict[str, Any]) -> None:
     """Writes the rows of a step and a line of progress."""
     used = {name: row[name] for name in self._work.slots}
-    pairs = sum(value for name, value in row.items() if name.startswith("pairs/"))
+    pairs = {name.removeprefix("pairs/"): value for name, value in row.items()
+             if name.startswith("pairs/")}
     timing = self.clock.row(used, self._work.attention(pairs)) | self._work.fills(used)
     self.checkpoints.check()
     if self.checkpoints.failures:

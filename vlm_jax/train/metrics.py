@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError
+from vlm_jax.core.fusion import find_tower
 from vlm_jax.train import trackers
 from vlm_jax.train.state import Leaf
 from vlm_jax.train.step import Numbers
@@ -109,9 +110,10 @@ def checksum(flat: dict[str, np.ndarray]) -> int:
 class Work:
   """How much of a step's arithmetic is spent on slots that hold nothing.
 
-  Dense layers cost 2 FLOPs per parameter and slot, three times that with the backward pass: text
-  slots cost the parameters outside tower and connector, an image the tower's and connector's on
-  every patch. The vocabulary's matrix is used where a token is predicted, by no other slot.
+  Dense layers cost 2 FLOPs per parameter and slot, three times that with the backward pass: slots
+  of a stream cost the parameters under its name, or those of no stream's; keys and values of
+  cross-attention cost the slots they are made of; an image costs tower and connector at every place
+  they are applied to. The vocabulary's matrix is used where a token is predicted, by no other slot.
   Attention costs 4 C H FLOPs per visible pair and layer.
   """
 
@@ -123,22 +125,32 @@ class Work:
       kind, name, field = path.split("/", 2)
       if field == "segment_ids":
         self.slots[f"{kinds[kind]}/{name}"] = math.prod(shape.shape)
-    vision = lambda path: path.split("/")[0] in ("tower", "connector")
-    size = lambda chosen: sum(math.prod(leaf.shape) for path, leaf in leaves.items()
-                              if chosen(path))
-    patches = (config.tower.image_size // config.tower.patch) ** 2
-    # Reading rows of an embedding costs nothing; a tied one is the head's matrix.
-    vocabulary = lambda path: path.endswith(("embed/embedding", "head/kernel"))
-    self._cost = {"images": 6 * size(vision) * patches,
-                  "tokens": 6 * size(lambda path: not vision(path) and not vocabulary(path))}
+    streams = [name.removeprefix("tokens/") for name in self.slots if name.startswith("tokens/")]
+    self._cost = dict.fromkeys(self.slots, 0)  # FLOPs of one slot
+    tower = find_tower(config)
+    grid = math.prod(tower.grid(config.tower))
+    uses = getattr(tower, "uses", lambda config, path: grid)
+    for path, leaf in leaves.items():
+      top, _, inner = path.partition("/")
+      size = 6 * math.prod(leaf.shape)
+      if top in ("tower", "connector"):
+        places = uses(config.tower, inner) if top == "tower" else grid
+        for name in self.slots:
+          self._cost[name] += size * places * name.startswith("images/")
+      # Reading rows of a table costs nothing; a tied embedding is the head's matrix.
+      elif not path.endswith(("embed/embedding", "head/kernel", "positions", "table")):
+        for stream in _streams_of(path, streams):
+          self._cost[f"tokens/{stream}"] += size
     self._predict = 6 * config.llm.width * config.llm.vocab_size
     head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
-    self._pair = 3 * 4 * head_dim * config.llm.heads * config.llm.depth
+    self._pair = 3 * 4 * head_dim * config.llm.heads
+    self._depth = config.llm.depth
+    self._encoder_depth = config.llm.encoder_depth or config.llm.depth
 
   def fills(self, used: dict[str, int]) -> dict[str, float]:
     """Share of slots in use, and the share of the dense FLOPs that empty slots cost."""
     row = {f"fill/{name}": used[name] / total for name, total in self.slots.items() if total}
-    cost = {name: self._cost[name.split("/")[0]] * total for name, total in self.slots.items()}
+    cost = {name: self._cost[name] * total for name, total in self.slots.items()}
     empty = sum(cost[name] * (1 - row[f"fill/{name}"]) for name in cost if f"fill/{name}" in row)
     return row | {"flops_empty_share": empty / max(sum(cost.values()), 1)}
 
@@ -148,11 +160,20 @@ class Work:
 
   def dense(self) -> float:
     """FLOPs of all layers' matrices, forward and backward, on every slot of a step, used or not."""
-    return sum(self._cost[name.split("/")[0]] * total for name, total in self.slots.items())
+    return sum(self._cost[name] * total for name, total in self.slots.items())
 
-  def attention(self, pairs: float) -> float:
-    """FLOPs of the language model's attention, forward and backward, for so many visible pairs."""
-    return self._pair * pairs
+  def attention(self, pairs: dict[str, float]) -> float:
+    """FLOPs of the language model's attention, both ways, for the visible pairs of every mask."""
+    layers = lambda mask: self._encoder_depth if mask == "encoder" else self._depth
+    return self._pair * sum(count * layers(mask) for mask, count in pairs.items())
+
+
+def _streams_of(path: str, streams: list[str]) -> list[str]:
+  """The streams on whose slots a parameter of the language model is used."""
+  mine = [stream for stream in streams if stream in path.split("/")]
+  if mine and ("/cross/key/" in path or "/cross/value/" in path):
+    return [stream for stream in streams if stream not in mine]
+  return mine or streams
 
 
 class Clock:

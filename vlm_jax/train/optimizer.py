@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Stage, find_tower
+from vlm_jax.core.fusion import FROZEN, Stage, find_tower
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -158,6 +158,8 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
   result = {}
   for path, choice in chosen.items():
+    if path.rsplit("/", 1)[-1].startswith(FROZEN):
+      continue
     choice = choice & ~frozen[path] if path in frozen else choice
     if np.any(choice):
       whole = bool(np.all(choice))

@@ -98,6 +98,8 @@ def test_rotations_list_every_option_at_every_place():
     # The letter of a branch names its own option in the list.
     assert [listed.split("\n")["ABC".index(letter)][3:] for letter in letters] == ["x", "y", "z"]
     assert [part.loss for part in turned[2::2]] == [False, True, False]
+  with pytest.raises(UsageError, match="27 options"):
+    choice.rotate(document, dataclasses.replace(asked, options=("x",) * 27), 0)
 
 
 def test_a_question_counts_when_every_rotation_is_right():

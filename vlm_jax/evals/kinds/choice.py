@@ -27,18 +27,16 @@ from ml_collections import ConfigDict
 from vlm_jax.core.document import Document, Encoded, Text
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
 from vlm_jax.evals.likelihood import of_layouts
 from vlm_jax.evals.questions import branches
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
-from vlm_jax.generate.prompts import STREAM, layouts
+from vlm_jax.generate.prompts import layouts
 
 MAIN, UNIT = "accuracy", "questions"
 OPTIONS = ("text", "letters")
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-CLASS = f"masks/{STREAM}/q_class"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +77,17 @@ def rotate(document: Document, choice: Choice, shift: int) -> Document:
   """The document with its options listed from option `shift` on, and letters for answers.
 
   The option of branch k stands at place k - shift of the list, and its letter is the answer.
+
+  Raises:
+    UsageError: more options than letters.
   """
-  count = len(choice.options)
-  letters = string.ascii_uppercase
+  count, letters = len(choice.options), string.ascii_uppercase
+  if count > len(letters):
+    raise UsageError(f"document {choice.key} has {count} options, more than there are letters; set "
+                     "the evaluation's options to 'text'")
   listed = [choice.options[(place + shift) % count] for place in range(count)]
   lines = [choice.question, *(f"{letter}. {option}" for letter, option in
-                              zip(letters, listed, strict=False)), INSTRUCTION]
+                              zip(letters[:count], listed, strict=True)), INSTRUCTION]
   ends = {id(parts[-1]): (number - shift) % count
           for number, parts in enumerate(branches(document).values())}
 
@@ -219,12 +222,15 @@ def _encode(document: Document, opened: Split) -> Encoded:
 def _option_scores(config: ConfigDict, params: Params, documents: list[Encoded], rows: int
                    ) -> list[tuple[np.ndarray, np.ndarray]]:
   """For each document the log p f64[options] of its options, and their tokens i64[options]."""
-  together = CLASS in find_fusion(config).fields(config)
+  module = find_fusion(config)
+  classes = f"masks/{module.STREAM}/q_class"
+  together = classes in module.fields(config)
   pieces = documents if together else [one for document in documents for one in _alone(document)]
   laid_out = layouts(pieces, config)
   found: list[Any] = [None] * len(pieces)
   for index, log_p, predicted in of_layouts(config, params, laid_out, rows):
-    found[index] = _by_branch(laid_out[index], log_p.astype(np.float64), predicted)
+    found[index] = _by_branch(laid_out[index].arrays.get(classes), log_p.astype(np.float64),
+                              predicted)
   if together:
     return found
   supply = iter(found)
@@ -234,10 +240,10 @@ def _option_scores(config: ConfigDict, params: Params, documents: list[Encoded],
                 zip(*(next(supply) for _ in range(count)), strict=True)) for count in counts]
 
 
-def _by_branch(layout: Layout, log_p: np.ndarray, predicted: np.ndarray
+def _by_branch(classes: np.ndarray | None, log_p: np.ndarray, predicted: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray]:
-  """Sums over the predicted slots of every branch that has some."""
-  branch = layout.arrays.get(CLASS, np.zeros(len(log_p), np.int32))[predicted]
+  """Sums over the predicted slots of every branch that has some; classes None: one branch."""
+  branch = (np.zeros(len(log_p), np.int32) if classes is None else classes)[predicted]
   numbers = np.unique(branch)
   sums = np.array([log_p[predicted][branch == number].sum() for number in numbers])
   return sums, np.array([(branch == number).sum() for number in numbers])

@@ -16,6 +16,7 @@ from vlm_jax.ops.attention.plan import AttentionPlan, make_plan
 __all__ = ["ORDER", "AttentionPlan", "attention", "choose", "make_plan"]
 
 ORDER: Mapping[str, ModuleType] = MappingProxyType({"xla": xla, "dense": dense})
+BIASED = ("dense",)  # those that can add a bias to the logits
 
 
 def choose(
@@ -23,6 +24,7 @@ def choose(
   k_shape: tuple[int, ...],
   plan: AttentionPlan | None,
   implementation: str = "auto",
+  biased: bool = False,
 ) -> tuple[str, dict[str, str]]:
   """Which implementation runs, and why the ones before it do not.
 
@@ -31,6 +33,7 @@ def choose(
     k_shape: (B, S, G, C).
     plan: the plan at hand, or None.
     implementation: "auto", or the only one to consider.
+    biased: whether a bias is added to the logits.
 
   Returns:
     The name and the refusals, {name: reason}.
@@ -46,6 +49,8 @@ def choose(
   for name in names:
     # Asked for by name, an implementation only declines what it cannot do, not what it is slow at.
     reason = ORDER[name].declines(q_shape, k_shape, plan, asked=implementation != "auto")
+    if biased and name not in BIASED:
+      reason = f"it cannot add a bias to the logits; {', '.join(BIASED)} can"
     if reason is None:
       return name, refusals
     refusals[name] = reason
@@ -61,9 +66,10 @@ def attention(
   *,
   plan: AttentionPlan | None = None,
   scale: float | None = None,
+  bias: Array | None = None,
   implementation: str = "auto",
 ) -> Array:
-  """softmax(scale * q k^T under the mask) v; a query that sees no key returns 0, gradient 0.
+  """softmax(scale * q k^T + bias under the mask) v; a query without keys returns 0, gradient 0.
 
   Args:
     q: f[B,T,H,C].
@@ -71,6 +77,7 @@ def attention(
     mask: fields [B,T] and [B,S].
     plan: `make_plan` of this mask, shared by all layers; blocked implementations need it.
     scale: None is C ** -0.5.
+    bias: f[B,H,T,S] or None; what it says about pairs outside the mask is not read.
     implementation: "auto" or a name of `ORDER`.
 
   Returns:
@@ -80,13 +87,14 @@ def attention(
     ValueError: shapes that do not fit, naming argument and expectation.
     UsageError: the named implementation is unknown or declines.
   """
-  _check(q, k, v, mask)
-  name, _ = choose(q.shape, k.shape, plan, implementation)
+  _check(q, k, v, mask, bias)
+  name, _ = choose(q.shape, k.shape, plan, implementation, bias is not None)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  return ORDER[name].attend(q, k, v, mask, plan, scale)
+  extra = {} if bias is None else {"bias": bias}
+  return ORDER[name].attend(q, k, v, mask, plan, scale, **extra)
 
 
-def _check(q: Array, k: Array, v: Array, mask: IntervalMask) -> None:
+def _check(q: Array, k: Array, v: Array, mask: IntervalMask, bias: Array | None) -> None:
   if q.ndim != 4 or k.ndim != 4:
     raise ValueError(f"attention: q is [B,T,H,C] and k [B,S,G,C], got {q.shape} and {k.shape}")
   if k.shape != v.shape:
@@ -94,6 +102,9 @@ def _check(q: Array, k: Array, v: Array, mask: IntervalMask) -> None:
   if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
     raise ValueError("attention: q [B,T,H,C] and k [B,S,G,C] need equal B and C and H a multiple "
                      f"of G, got {q.shape} and {k.shape}")
+  whole = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  if bias is not None and bias.shape != whole:
+    raise ValueError(f"attention: bias [B,H,T,S] must be {whole}, got {bias.shape}")
   for name in ("lo", "hi", "q_class", "k_class", "k_index"):
     field = getattr(mask, name)
     expected = (q.shape[0], k.shape[1] if name.startswith("k") else q.shape[1])

@@ -16,13 +16,17 @@ def declines(q_shape, k_shape, plan: AttentionPlan | None, asked: bool) -> str |
   del q_shape, k_shape, plan, asked
 
 
-def attend(q: Array, k: Array, v: Array, mask: IntervalMask, plan, scale: float) -> Array:
+def attend(
+  q: Array, k: Array, v: Array, mask: IntervalMask, plan, scale: float, bias: Array | None = None
+) -> Array:
   """See `attention`. Holds f32[B,H,T,S]."""
   del plan
   batch, length, heads, width = q.shape
   groups = k.shape[2]
   q = q.reshape(batch, length, groups, heads // groups, width)
   logits = jnp.einsum("btgrc,bsgc->bgrts", q * scale, k, preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits += bias.astype(jnp.float32).reshape(logits.shape)
   seen = mask.dense(k.shape[1])[:, None, None]
   weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
   # A row that sees no key (padding) has uniform weights here; its output is 0 by definition.
