@@ -4,6 +4,7 @@ Brightness and colour have the amplitude spectrum of photographs, 1 / frequency,
 have their size and take their time to decode (quality 90, 4:2:0, about 150 kB).
 """
 
+import functools
 import io
 from collections.abc import Iterable, Iterator
 
@@ -16,11 +17,12 @@ from vlm_jax.data.sources import Parts, Record
 FORMS = ("caption",)
 LICENCE = "generated"
 PACKAGE = "vlm-jax"
-COUNT = 500  # loader.py sets it
+COUNT = 1000  # loader.py sets it
 HEIGHT, WIDTH = 480, 640
 WORDS = "a red old small dog boat tree man with on under near the house road blue bird".split()
 
 
+@functools.cache
 def photo(number: int) -> bytes:
   """JPEG number `number`."""
   rng = np.random.default_rng(number)
