@@ -88,6 +88,8 @@ def test_files(setup, tmp_path):
   written = json.loads((tmp_path / "evals/7.json").read_text())
   assert written["step"] == 7 and set(written["evals"]) == {"look", "read_train"}
   assert written["evals"]["look"] == results["look"]
+  assert written["evals"]["look"]["entry"]["max_tokens"] == config.evals.look.max_tokens
+  assert written["evals"]["read_train"]["entry"]["split"] == "train"
   flat = run.in_loop(config, None)("look", params, 7)
   assert flat["shuffled/accuracy"] == 0.0 and "seconds" not in flat
   assert {name: value for name, value in run.scalars(results["look"]).items()} == flat

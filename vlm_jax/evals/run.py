@@ -56,7 +56,9 @@ def evaluate(
     chosen = split or entry.split
     label = name if chosen == entry.split else f"{name}_{chosen}"
     numbers, predictions = kind.run(config, params, entry, chosen)
-    results[label] = {"kind": entry.kind, "source": entry.source, "split": chosen, **numbers}
+    fields = json.loads(entry.to_json()) | {"split": chosen}  # what was asked, with the answer
+    results[label] = {"kind": entry.kind, "source": entry.source, "split": chosen,
+                      "entry": fields, **numbers}
     report(f"{label}: {line(results[label], kind.MAIN, kind.UNIT)}")
     if workdir is not None:
       _write(Path(workdir), step, label, results[label], predictions)

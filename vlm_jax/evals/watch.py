@@ -1,8 +1,9 @@
 """Evaluates the checkpoints of a run while it trains, from another process.
 
-Nothing that the training process owns is written: numbers go to `evals/<step>.json`, predictions to
-`predictions/`, and one row a checkpoint to `evals.jsonl`, {"step", "eval/NAME/NUMBER": value}, with
-the names that an evaluation inside training has in `metrics.jsonl`.
+Lock, metrics and checkpoints of the training process are left alone. Numbers go to
+`evals/<step>.json` and predictions to `predictions/`, where an evaluation inside training would
+write the same ones, and one row a checkpoint to `evals.jsonl`, {"step", "eval/NAME/NUMBER": value},
+under the names that `metrics.jsonl` has for them.
 """
 
 import time

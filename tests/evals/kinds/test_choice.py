@@ -68,7 +68,7 @@ def test_a_strategy_without_branches_is_asked_one_option_at_a_time(setup):
 
 
 def test_numbers_and_controls(setup):
-  config = changed(setup[0], controls=("none", "shuffled"))
+  config = changed(setup[0], controls=("real", "shuffled"))  # real: asked already
   numbers, predictions = choice.run(config, setup[1], config.evals.look, "test")
   rows = predictions[""]
   for row in rows:
@@ -79,8 +79,8 @@ def test_numbers_and_controls(setup):
   assert numbers["accuracy"] == pytest.approx(np.mean([row["score"] for row in rows]))
   assert numbers["low"] <= numbers["accuracy"] <= numbers["high"]
   assert numbers["chance"] == pytest.approx(1 / 3) and "circular" not in numbers
-  assert set(numbers["controls"]) == set(predictions) - {""} == {"none", "shuffled"}
-  assert predictions["none"][0]["log_probs"] != rows[0]["log_probs"]
+  assert set(numbers["controls"]) == set(predictions) - {""} == {"shuffled"}
+  assert predictions["shuffled"][0]["log_probs"] != rows[0]["log_probs"]
 
 
 PARTS = (Image(b""), *(part for n, option in enumerate(("x", "y", "z"), 1) for part in (

@@ -74,8 +74,8 @@ def test_the_java_program_says_the_same():
              if line in KNOWN)
   different = [line for line, words in zip(lines, theirs, strict=True)
                if ptb.tokenize(line) != words]
-  # One in a thousand random captions joins marks as no caption would ("AT&T.:").
-  assert len(different) <= 0.004 * len(lines), different[:5]
+  # Of 30,000 such captions one came out otherwise, before its cause ("R&B.,") was mended.
+  assert len(different) <= 1, different
   # A tokenizer that only splits at spaces and drops punctuation is far off.
   plain = [line.lower().replace(".", "").split() for line in lines]
   assert sum(ours != words for ours, words in zip(plain, theirs, strict=True)) > 0.5 * len(lines)

@@ -67,7 +67,7 @@ _RULES = [re.compile(rule, re.IGNORECASE) for rule in (
 )]
 _EXACT = [re.compile(rule) for rule in (
   rf"(?:{_any(_CAPITALISED)})\.",
-  r"[A-Z]+(?:&[A-Z]+)+",
+  r"[A-Z]+(?:&[A-Z]+)+(?:\.(?=[,;:]))?",
 )]
 _SPLIT_WORD = re.compile(r"(can)(not)|(gon|wan)(na)|(got)(ta)|(gim|lem)(me)", re.IGNORECASE)
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
