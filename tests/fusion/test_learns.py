@@ -25,7 +25,7 @@ PALETTE = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]]
 def grid_config(name: str, fan_out: bool):
   config = t.get_config(name, "causal", fan_out)
   config.tower.update(depth=1, width=32, heads=4, mlp=64)
-  config.data.update(rows=4, tokens=128, images=7)
+  config.data.update(rows=4, tokens=128, decoder_tokens=64, images=7)
   config.attention.implementation = "dense"
   return config
 
@@ -49,10 +49,10 @@ def flat_batch(config, rng, fan_out: bool, blind: bool) -> dict:
 
 
 def accuracy(config, params, flat) -> float:
-  text = from_flat(flat).streams["text"]
-  asked = text.loss_weights["lm"] > 0
+  stream = from_flat(flat).streams[find_fusion(config).STREAM]
+  asked = stream.loss_weights["lm"] > 0
   said = t.logits(config, params, flat).argmax(-1)
-  return float((said == text.targets)[asked].mean())
+  return float((said == stream.targets)[asked].mean())
 
 
 def train(config, fan_out: bool, blind: bool) -> dict:
@@ -81,7 +81,8 @@ def train(config, fan_out: bool, blind: bool) -> dict:
   return params
 
 
-@pytest.mark.parametrize("name, fan_out", [("concat", False), ("prefix_lm", True)])
+@pytest.mark.parametrize(
+  "name, fan_out", [("concat", False), ("prefix_lm", True), ("simvlm", True)])
 def test_learns_to_look(name, fan_out):
   config = grid_config(name, fan_out)
   params = train(config, fan_out, blind=False)
