@@ -25,7 +25,9 @@ PALETTE = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]]
 def grid_config(name: str, fan_out: bool):
   config = t.get_config(name, "causal", fan_out)
   config.tower.update(depth=1, width=32, heads=4, mlp=64)
-  config.data.update(rows=4, tokens=128, decoder_tokens=64, images=7)
+  config.data.update(rows=4, tokens=128, images=7)
+  if name == "simvlm":
+    config.data.update(tokens=64, decoder_tokens=64)  # half of a document is on either side
   config.attention.implementation = "dense"
   return config
 
