@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from vlm_jax.core.document import Encoded, Pixels, Tokens
-from vlm_jax.core.layout import IGNORE, image_fields, split, stream_fields, write_slots
+from vlm_jax.core.layout import (
+  IGNORE,
+  image_fields,
+  mask_axes,
+  mask_fields,
+  split,
+  stream_fields,
+  streams_of,
+  write_slots,
+)
 
 ROWS = np.array([0, 1, 2], np.int32)  # an image is three slots
 
@@ -139,3 +148,17 @@ def test_fields_of_a_stream():
   assert fields["streams/text/loss_weights/lm"].dtype == "float32"
   assert "masks/text/q_class" not in stream_fields("text", ("lm",), classes=False)
   assert image_fields(4, 6)["media/images/values"].shape == (4, 6, 3)
+
+
+def test_streams_and_the_mask_between_them():
+  fields = (stream_fields("source", (), classes=False)
+            | stream_fields("target", ("lm",), classes=True)
+            | mask_fields("across", "target", "source", classes=True))
+  assert streams_of(fields) == ["source", "target"]
+  assert mask_axes(fields) == {"source": ("source", "source"), "target": ("target", "target"),
+                               "across": ("target", "source")}
+  # What says where a key is moves with the keys; what a query or a key is lies on its own axis.
+  assert (fields["masks/across/lo"].axis, fields["masks/across/lo"].shift) == ("target", "source")
+  assert (fields["masks/across/k_class"].axis, fields["masks/across/k_class"].shift) == (
+    "source", None)
+  assert "streams/source/targets" not in fields and "streams/target/targets" in fields

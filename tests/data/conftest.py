@@ -32,3 +32,12 @@ def config(root):
                                              augment=("flip", "translate"))
   config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1)
   return config
+
+
+@pytest.fixture
+def two_streams(config):
+  """The same data for an encoder-decoder."""
+  config.fusion.name, config.connector.name = "simvlm", "linear"
+  config.tower.name, config.tower.depths = "resnet", (1, 1, 1)
+  config.llm.update(name="encoder_decoder", positions=256)
+  return config

@@ -31,9 +31,8 @@ def test_describes_and_draws(config, tmp_path):
       assert tuple(drawn[3, left + slot]) == inspect.COLOURS[kinds[slot]]
 
 
-def test_two_streams_are_written_and_drawn(config, tmp_path):
-  config.fusion.name, config.tower.name, config.tower.depths = "simvlm", "resnet", (1, 1, 1)
-  config.connector.name, config.llm.positions = "linear", 256
+def test_two_streams_are_written_and_drawn(two_streams, tmp_path):
+  config = two_streams
   picture = str(tmp_path / "rows.png")
   text = inspect.inspect(config, steps=1, examples=50, rows=1, picture=picture)
   for part in ("documents: easy_vqa", "slots of a document, pydoc", "<image:16><user>",

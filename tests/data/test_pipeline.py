@@ -265,3 +265,30 @@ def test_errors_of_workers_arrive(broken):
     loader = pipeline.make(broken)
     next(loader)
   loader.close()
+
+
+def test_two_streams_continue_where_they_stopped(two_streams):
+  """Drawn prefixes and all: a document's two sides stay together and are drawn once."""
+  loader = pipeline.make(two_streams)
+  batches, states = [], []
+  for _ in range(4):
+    states.append(loader.state())
+    batches.append(next(loader)[0])
+  again = pipeline.make(two_streams, start=states[2])
+  for want in batches[2:]:
+    got = next(again)[0]
+    assert all(np.array_equal(got[path], want[path]) for path in want)
+  lengths = set()
+  for batch in batches:
+    encoder, decoder = (batch[f"streams/{side}/segment_ids"] for side in ("encoder", "decoder"))
+    for row in range(len(encoder)):
+      assert encoder[row].max() <= decoder[row].max()  # every document has a decoder
+      image = batch["media/images/segment_ids"][row]
+      for number in range(1, decoder[row].max() + 1):
+        # What a decoder slot sees of the encoder is of its own document.
+        mine = decoder[row] == number
+        lo, hi = (batch[f"masks/cross/{field}"][row][mine] for field in ("lo", "hi"))
+        assert all((encoder[row][a:b] == number).all() for a, b in zip(lo, hi, strict=True))
+        if number not in image:
+          lengths.add(int((encoder[row] == number).sum()))
+  assert len(lengths) > 4  # texts are cut at random

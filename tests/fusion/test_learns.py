@@ -26,6 +26,8 @@ def grid_config(name: str, fan_out: bool):
   config = t.get_config(name, "causal", fan_out)
   config.tower.update(depth=1, width=32, heads=4, mlp=64)
   config.data.update(rows=4, tokens=128, images=7)
+  if name == "simvlm":
+    config.data.update(tokens=64, decoder_tokens=64)  # half of a document is on either side
   config.attention.implementation = "dense"
   return config
 
@@ -49,10 +51,10 @@ def flat_batch(config, rng, fan_out: bool, blind: bool) -> dict:
 
 
 def accuracy(config, params, flat) -> float:
-  text = from_flat(flat).streams["text"]
-  asked = text.loss_weights["lm"] > 0
+  stream = from_flat(flat).streams[find_fusion(config).STREAM]
+  asked = stream.loss_weights["lm"] > 0
   said = t.logits(config, params, flat).argmax(-1)
-  return float((said == text.targets)[asked].mean())
+  return float((said == stream.targets)[asked].mean())
 
 
 def train(config, fan_out: bool, blind: bool) -> dict:
@@ -81,7 +83,8 @@ def train(config, fan_out: bool, blind: bool) -> dict:
   return params
 
 
-@pytest.mark.parametrize("name, fan_out", [("concat", False), ("prefix_lm", True)])
+@pytest.mark.parametrize(
+  "name, fan_out", [("concat", False), ("prefix_lm", True), ("simvlm", True)])
 def test_learns_to_look(name, fan_out):
   config = grid_config(name, fan_out)
   params = train(config, fan_out, blind=False)

@@ -39,6 +39,9 @@ decoder (a, b prompts of two branches; c, d their answers):
 Positions are learned, for text and for the places of an image apart; attention between two places
 of one image also has a learned bias for their offset in rows and columns. As published there is one
 image: of several, the encoder is not told which came first.
+
+No weights were published, so there is nothing to import (contract, 11): the stem is held to timm's
+ResNet and the blocks to T5's.
 """
 
 import dataclasses
