@@ -1,4 +1,8 @@
-"""Answers one question about some pictures with a checkpoint of a run."""
+"""Answers one question about some pictures with a checkpoint of a run.
+
+The answer appears while it is being said; with --json it comes at once, as one object. A picture
+stands where the question says <image>, else before it: "is <image> larger than <image>?"
+"""
 
 import argparse
 import json
@@ -11,9 +15,10 @@ SUMMARY = "answer a question about pictures"
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   runs.arguments(parser)
-  parser.add_argument("--prompt", required=True, help="the question")
+  parser.add_argument("--prompt", required=True,
+                      help="the question; <image> in it is the place of a picture")
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
-                      help="a picture shown before the question; may be repeated")
+                      help="a picture; may be repeated, in the order of the question's <image>")
   parser.add_argument("--max-tokens", type=int, default=32, help="the answer is cut there (32)")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
   parser.add_argument("--top-p", type=float, default=1.0,
@@ -31,5 +36,10 @@ def run(args: argparse.Namespace) -> None:
   sampling = Sampling(args.temperature, args.top_p, args.seed)
   config, params, step = runs.open_run(args)
   said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
-                sampling=sampling)
-  print(json.dumps({"step": step, **said}) if args.json else said["text"])
+                sampling=sampling, write=None if args.json else show)
+  print(json.dumps({"step": step, **said}) if args.json else "", flush=True)
+
+
+def show(text: str) -> None:
+  """A piece of the answer, at once."""
+  print(text, end="", flush=True)

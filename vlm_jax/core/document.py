@@ -26,19 +26,26 @@ class Text:
     role: who speaks, one of `ROLES`; "text" is plain text outside any conversation.
     loss: whether the model is trained to say it.
     branch: 0 for the trunk, k > 0 for the k-th fan-out branch.
+    continues: whether it goes on where the text before the last images stopped, as the words
+      behind a picture on a page do, rather than open a turn of its own.
   """
 
   text: str
   role: str = "text"
   loss: bool = False
   branch: int = 0
+  continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """An image, always in the trunk. `data` is the encoded file (bytes) or decoded u8[H,W,3]."""
+  """An image, always in the trunk.
 
-  data: bytes | np.ndarray
+  `data` is the encoded file (bytes) or decoded u8[H,W,3]. What a source writes may also name a file
+  (str), which is read before anybody else sees the document.
+  """
+
+  data: bytes | np.ndarray | str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@
     text       <bos> page <eos>
 
 Marks that open a turn are never predicted; the text and the closing <eos> are when `Text.loss` says
-so. Every piece is tokenised alone and its loss written at once, so the spans are exact: nothing is
-tokenised twice and counted.
+so. A text that `continues` one before an image has neither mark nor <eos> between them. Every piece
+is tokenised alone and its loss written at once, so the spans are exact: nothing is tokenised twice
+and counted.
 """
 
 from collections.abc import Callable
@@ -73,6 +74,7 @@ def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: Decode
 def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
   parts: list[Tokens | Pixels] = []
   turn, branch, answered = 0, 0, False
+  following = [part for part in document.parts if isinstance(part, Text)][1:]
   for part in document.parts:
     if parts and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
@@ -80,20 +82,22 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage)
       parts.append(Pixels(decode_image(part), turn))
       answered = False
     else:
-      parts.append(_tokens(part, tokenizer, turn, document.key))
+      goes_on = bool(following) and following.pop(0).continues
+      parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
       branch, answered = part.branch, part.role in ("assistant", "text")
   return Encoded(tuple(parts), document.source, document.key)
 
 
-def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str) -> Tokens:
+def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str, goes_on: bool) -> Tokens:
   if part.role not in ROLES:
     raise BadExample("unknown_role", f"{key}: '{part.role}'")
   if not part.text.strip():
     raise BadExample("empty_text", f"{key}: {part.role}")
   opening = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
-  ids = [opening, *tokenizer.encode(part.text)]
-  if part.role in ("assistant", "text"):
+  ids = ([] if part.continues else [opening]) + tokenizer.encode(part.text)
+  if part.role in ("assistant", "text") and not goes_on:
     ids.append(tokenizer.eos)
   loss = np.full(len(ids), part.loss)
-  loss[0] = False
+  if not part.continues:
+    loss[0] = False
   return Tokens(np.array(ids, np.int32), loss, part.branch, turn)
