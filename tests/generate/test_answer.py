@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image as PIL
 
 from tests.data.broken_source import png
 from tests.generate.helpers import noise, tiny
 from vlm_jax.core.document import Image
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.data import tokenizer
 from vlm_jax.generate.answer import Speaker, answer, interleave
 from vlm_jax.generate.sampling import Sampling
@@ -110,6 +111,21 @@ def test_pictures_stand_where_the_prompt_says(setup):
   for prompt, given in (("is <image>?", []), ("<image> <image>", files[:1]), ("a <image>", files)):
     with pytest.raises(UsageError, match="write one <image> for each"):
       answer(config, params, prompt, given)
+
+
+def test_an_attention_map_beside_the_answer(setup, tmp_path):
+  config, params, folder = setup
+  ask = lambda **more: answer(config, params, "what is it?", [folder / "a.png"], max_tokens=4,
+                              **more)
+  plain, drawn = ask(), ask(attention_map=tmp_path / "x.png", attention_layers=[-1])
+  assert {**drawn, "seconds": 0} == {**plain, "seconds": 0}
+  assert np.asarray(PIL.open(tmp_path / "x.png")).std() > 10
+  with pytest.raises(UsageError, match="layers 0 to 1, got 5"):
+    ask(attention_map=tmp_path / "y.png", attention_layers=[5])
+  with pytest.raises(DiskError, match="no directory"):
+    ask(attention_map=tmp_path / "none" / "y.png")
+  with pytest.raises(UsageError, match="needs a picture"):
+    answer(config, params, "what?", attention_map=tmp_path / "y.png")
 
 
 def test_what_cannot_be_answered(setup):

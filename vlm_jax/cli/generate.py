@@ -8,6 +8,7 @@ import argparse
 import json
 
 from vlm_jax.cli import runs
+from vlm_jax.core.errors import UsageError
 
 SUMMARY = "answer a question about pictures"
 
@@ -24,6 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--top-p", type=float, default=1.0,
                       help="draw from the most likely tokens with this probability together (1)")
   parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+  parser.add_argument("--attention-map", default="", metavar="FILE.png",
+                      help="draw where in the pictures every word of the answer looked")
+  parser.add_argument("--attention-layers", default="", metavar="A,B,...",
+                      help="layers whose mean is drawn there, from 0, -1 the last (all)")
   parser.add_argument("--json", action="store_true",
                       help="print one JSON object: text, tokens, log_prob, counts, seconds")
 
@@ -33,10 +38,16 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.generate.answer import answer
   from vlm_jax.generate.sampling import Sampling
 
+  try:
+    layers = [int(text) for text in args.attention_layers.split(",") if text]
+  except ValueError:
+    raise UsageError(f"--attention-layers is '{args.attention_layers}'; write whole numbers with "
+                     "commas between them") from None
   sampling = Sampling(args.temperature, args.top_p, args.seed)
   config, params, step = runs.open_run(args)
   said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
-                sampling=sampling, write=None if args.json else show)
+                sampling=sampling, write=None if args.json else show,
+                attention_map=args.attention_map, attention_layers=layers)
   print(json.dumps({"step": step, **said}) if args.json else "", flush=True)
 
 

@@ -9,13 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Image, Text
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import REASONS, BadExample
 from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.generate import maps
 from vlm_jax.generate.decode import generate, stream
 from vlm_jax.generate.prompts import STREAM, layouts, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
@@ -33,6 +34,8 @@ def answer(
   max_tokens: int = 32,
   sampling: Sampling = GREEDY,
   write: Callable[[str], None] | None = None,
+  attention_map: str | Path = "",
+  attention_layers: Sequence[int] = (),
 ) -> dict[str, Any]:
   """Answers a question.
 
@@ -44,6 +47,8 @@ def answer(
     max_tokens: the answer is cut there.
     sampling: how to choose tokens.
     write: gets the answer in pieces of whole characters while it is being said; None: nobody does.
+    attention_map: where to draw the attention over the pictures of every word, "" for nowhere.
+    attention_layers: the layers to average there, (): all; see `maps.word_maps`.
 
   Returns:
     {"text", "tokens": the ids of the answer, "log_prob": of the answer and its end, "stopped":
@@ -51,11 +56,17 @@ def answer(
     "image_tokens": those of the images, "seconds": wall-clock time, compilation included}.
 
   Raises:
-    UsageError: an empty prompt, max_tokens below 1, or as many `<image>` as there are not images.
+    UsageError: an empty prompt, max_tokens below 1, a number of `<image>` that is not the images',
+      or as `maps.word_maps`.
     DataError: an image that is missing or cannot be read.
+    DiskError: `attention_map` is in no directory.
   """
   if max_tokens < 1:
     raise UsageError(f"--max-tokens is {max_tokens}; use 1 or more")
+  if attention_map:
+    maps.check(config, len(images), attention_layers)
+    if not (folder := Path(attention_map).absolute().parent).is_dir():
+      raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
   start = time.perf_counter()
   tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
   pictures = tuple(_read(path, decode_image) for path in images)
@@ -75,6 +86,9 @@ def answer(
       speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
     speaker.finish()
   tokens = np.asarray(said.tokens)[0, 0, : int(said.lengths[0, 0])].tolist()
+  if attention_map:
+    found = maps.word_maps(config, params, encoded, tokens, tokenizer, attention_layers)
+    maps.draw(found, encoded.images).save(attention_map)
   return {
     "text": tokenizer.decode(tokens).strip(),
     "tokens": tokens,
