@@ -179,6 +179,13 @@ def test_budget_adds_up(run):
   assert "predicted 25.0% (60)" in text and "empty 16.7% (40)" in text
 
 
+def test_the_number_an_evaluation_is_read_by():
+  assert page.main({"bleu": 0.3, "cider": 1.2, "low": 1.0, "seconds": 2.0}) == ("cider", 1.2)
+  assert page.main({"high": 2.0, "recall": 0.5, "tokens": 3}) == ("recall", 0.5)
+  assert page.bar({"low": 0.9, "high": 1.4}, 1.2, "cider") == ""
+  assert "<svg" in page.bar({"low": 0.4, "high": 0.6}, 0.5, "recall")
+
+
 def test_config_differences_are_marked(run, config):
   fields = runs.fields(config)
   assert fields["llm.vocab_size"] == (270, 1024) and fields["optim.b1"] == (0.9, 0.9)
