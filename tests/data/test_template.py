@@ -133,3 +133,10 @@ def test_split_windows_lose_no_token(words):
   pieces = split(encoded, 17, 16, 1)
   ids = np.concatenate([part.ids for piece in pieces for part in piece.parts])
   assert (ids == encoded.parts[0].ids).all() and all(len(p.parts[0].ids) <= 17 for p in pieces)
+
+
+def test_words_behind_a_picture_continue_the_turn(words):
+  encoded = encode(
+    words, Text("is", "user"), Image(PIXELS), Text("a", "user", continues=True),
+    Text("", "assistant"), function=template.encode_prompt)
+  assert golden(encoded, words) == ["0 0 <user>is", "0 image", "0 0 a", "0 0 <assistant>"]

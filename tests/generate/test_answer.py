@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from PIL import Image as PIL
 
 from tests.data.broken_source import png
 from tests.generate.helpers import noise, tiny
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.document import Image
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.data import tokenizer
-from vlm_jax.generate.answer import answer
+from vlm_jax.generate.answer import Speaker, answer, interleave
 from vlm_jax.generate.sampling import Sampling
 
 
@@ -50,6 +52,80 @@ def test_no_picture_and_two_pictures(setup):
   assert none["image_tokens"] == 0 and two["image_tokens"] == 8
   assert two["prompt_tokens"] == none["prompt_tokens"] + 8
   assert np.isfinite([none["log_prob"], two["log_prob"]]).all()
+
+
+def test_a_streamed_answer_is_the_answer(setup):
+  config, params, folder = setup
+  pieces = []
+  whole = answer(config, params, "what is it?", [folder / "a.png"], max_tokens=9)
+  said = answer(config, params, "what is it?", [folder / "a.png"], max_tokens=9,
+                write=pieces.append)
+  assert {**said, "seconds": 0} == {**whole, "seconds": 0}
+  assert "".join(pieces) == whole["text"] and len(whole["tokens"]) > 1
+
+
+class Letters:
+  """A tokenizer whose tokens are bytes."""
+
+  def decode(self, tokens):
+    return bytes(tokens).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+  "text", ["plain", " a  b ", "caf\u00e9 \u4e2d\u6587 \U0001f600 end", "x\u00e9"])
+def test_only_whole_characters_are_shown(text):
+  pieces, tokens = [], list(text.encode())
+  speaker = Speaker(Letters(), pieces.append)
+  for count in range(len(tokens) + 1):
+    speaker.update(tokens[:count])
+    assert text.strip().startswith("".join(pieces)) and "\ufffd" not in "".join(pieces)
+  speaker.finish()
+  assert "".join(pieces) == text.strip() and all(pieces)
+  pieces.clear()
+  speaker = Speaker(Letters(), pieces.append)
+  speaker.update([*b"cut ", 0xE4])  # an answer that ends inside a character says so
+  assert "".join(pieces) == "cut"
+  speaker.finish()
+  assert "".join(pieces) == "cut \ufffd"
+
+
+def test_pictures_stand_where_the_prompt_says(setup):
+  config, params, folder = setup
+  files = [folder / "a.png", folder / "b.png"]
+  one, two = Image(b"1"), Image(b"2")
+  kinds = lambda prompt, pictures: [
+    part.data if isinstance(part, Image) else (part.text, part.branch, part.continues)
+    for part in interleave(prompt, pictures, 1)]
+  end = lambda branch: ("", branch, False)
+  assert kinds("what?", [one, two]) == [b"1", b"2", ("what?", 1, False), end(1)]
+  assert kinds("<image><image> what?", [one, two]) == kinds("what?", [one, two])
+  assert kinds("is <image> in <image>?", [one, two]) == [
+    ("is", 0, False), b"1", ("in", 0, True), b"2", ("?", 0, True), end(0)]
+  # The model sees the order of the pictures, and the words between them are one turn.
+  said = [answer(config, params, "a <image> of <image> thing", chosen, max_tokens=4)
+          for chosen in (files, files[::-1])]
+  assert said[0]["tokens"] != said[1]["tokens"] or said[0]["log_prob"] != said[1]["log_prob"]
+  words = tokenizer.load(config.data.tokenizer)
+  count = sum(len(words.encode(text)) for text in ("a", "of", "thing"))
+  assert said[0]["prompt_tokens"] == 8 + 1 + count + 1
+  for prompt, given in (("is <image>?", []), ("<image> <image>", files[:1]), ("a <image>", files)):
+    with pytest.raises(UsageError, match="write one <image> for each"):
+      answer(config, params, prompt, given)
+
+
+def test_an_attention_map_beside_the_answer(setup, tmp_path):
+  config, params, folder = setup
+  ask = lambda **more: answer(config, params, "what is it?", [folder / "a.png"], max_tokens=4,
+                              **more)
+  plain, drawn = ask(), ask(attention_map=tmp_path / "x.png", attention_layers=[-1])
+  assert {**drawn, "seconds": 0} == {**plain, "seconds": 0}
+  assert np.asarray(PIL.open(tmp_path / "x.png")).std() > 10
+  with pytest.raises(UsageError, match="layers 0 to 1, got 5"):
+    ask(attention_map=tmp_path / "y.png", attention_layers=[5])
+  with pytest.raises(DiskError, match="no directory"):
+    ask(attention_map=tmp_path / "none" / "y.png")
+  with pytest.raises(UsageError, match="needs a picture"):
+    answer(config, params, "what?", attention_map=tmp_path / "y.png")
 
 
 def test_what_cannot_be_answered(setup):

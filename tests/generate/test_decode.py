@@ -225,3 +225,35 @@ def test_one_token_needs_no_columns_of_its_own():
   assert (np.asarray(one.tokens)[..., 0] == np.asarray(generate(PROMPTS).tokens)[..., 0]).all()
   with pytest.raises(ValueError, match="max_tokens"):
     generate(PROMPTS, max_tokens=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, NEW])
+def test_a_stream_is_the_whole_loop_in_pieces(chunk):
+  """Bit for bit, with sampling and stops, and every piece begins as the whole does."""
+  config, params = model()
+  prompts = prompts_of(PROMPTS, config)
+  said = np.asarray(generate(PROMPTS).tokens)
+  stop = (int(said[0, 0, 2]), *[-1] * (len(QUESTIONS) - 1))
+  options = dict(max_tokens=NEW, stop=stop, sampling=Sampling(temperature=0.7, top_p=0.9, seed=3))
+  whole = jax.device_get(decode.generate(config, params, prompts, **options))
+  pieces = list(decode.stream(config, params, prompts, chunk=chunk, **options))
+  assert len(pieces) == 1 + -(-(NEW - 1) // chunk)
+  for name in ("tokens", "lengths", "stopped", "log_probs", "steps"):
+    assert (getattr(pieces[-1], name) == getattr(whole, name)).all(), name
+  for piece in pieces:
+    count = int(piece.steps)
+    assert (piece.tokens[..., :count] == whole.tokens[..., :count]).all()
+    assert (piece.tokens[..., count:] == 0).all()
+  assert len(np.unique(whole.tokens)) > 5
+
+
+def test_a_stream_ends_with_its_answers():
+  config, params = model()
+  said = np.asarray(generate(PROMPTS[2:3], shape=dict(rows=1, turns=1)).tokens)[0, 0]
+  pieces = list(decode.stream(config, params, prompts_of(PROMPTS[2:3], config, rows=1, turns=1),
+                              max_tokens=NEW, stop=(int(said[1]),), chunk=1))
+  first = int(np.argmax(said == said[1]))
+  assert int(pieces[-1].lengths[0, 0]) == first and len(pieces) == first + 1
+  assert bool(pieces[-1].stopped[0, 0])
+  with pytest.raises(ValueError, match="chunk"):
+    next(decode.stream(config, params, prompts_of(PROMPTS, config), max_tokens=2, chunk=0))

@@ -156,7 +156,7 @@ def test_what_cannot_be_reported(run, tmp_path, capsys):
 
 def test_the_mask_is_the_mask(run, config):
   batch, _ = inspect.batch_at(config, 1)
-  mask, kinds = rows.one_row(batch), inspect.kinds_of(batch, 0)
+  mask, kinds = rows.one_row(batch, "text"), inspect.kinds_of(batch, "text", 0)
   slots = len(kinds)
   image = np.asarray(rows.draw(mask, kinds, 0, slots).convert("RGBA"))[rows.STRIP:, rows.STRIP:]
   dense = np.asarray(mask.dense(slots))
@@ -165,7 +165,7 @@ def test_the_mask_is_the_mask(run, config):
   for slot in range(0, slots, 7):
     seen = image[:, slot][dense[:, slot]][:, :3]
     assert (seen == inspect.COLOURS[kinds[slot]]).all()
-  first = rows.interesting(batch, mask)
+  first = rows.interesting(batch, "text", mask)
   assert (mask.q_class[first : first + 60] > 0).any()
   near = np.asarray(rows.draw(mask, kinds, first, first + 20, 8).convert("RGBA"))
   corner = near[rows.STRIP :: 8, rows.STRIP :: 8, 3] > 0
@@ -177,6 +177,13 @@ def test_budget_adds_up(run):
   # 240 slots: 6 images of 4, 60 predicted, 200 used.
   assert "image 10.0% (24)" in text and "prompt 48.3% (116)" in text
   assert "predicted 25.0% (60)" in text and "empty 16.7% (40)" in text
+
+
+def test_the_number_an_evaluation_is_read_by():
+  assert page.main({"bleu": 0.3, "cider": 1.2, "low": 1.0, "seconds": 2.0}) == ("cider", 1.2)
+  assert page.main({"high": 2.0, "recall": 0.5, "tokens": 3}) == ("recall", 0.5)
+  assert page.bar({"low": 0.9, "high": 1.4}, 1.2, "cider") == ""
+  assert "<svg" in page.bar({"low": 0.4, "high": 0.6}, 0.5, "recall")
 
 
 def test_config_differences_are_marked(run, config):

@@ -96,7 +96,8 @@ def test_full_disk(clean, cache, tmp_path):
   assert sum("step 4 was not written, the disk is full" in line for line in process.lines) == 1
   assert steps(tmp_path / "once" / "checkpoints") == [8, 12]
   assert trackers.read(tmp_path / "once" / "timing.jsonl")[-1]["checkpoint_failures"] == 1
-  process = start(tmp_path / "end", cache, "full=12:99", "llm.width=64", "train.keep=9")
+  process = start(tmp_path / "end", cache, "full=12:99", "delay=0.1", "llm.width=64",
+                  "train.keep=9")
   assert process.wait() == 73, process.lines
   assert any("step 12 could not be written" in line for line in process.lines)
   assert steps(tmp_path / "end" / "checkpoints") == [4, 8]

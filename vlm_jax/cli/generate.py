@@ -1,9 +1,14 @@
-"""Answers one question about some pictures with a checkpoint of a run."""
+"""Answers one question about some pictures with a checkpoint of a run.
+
+The answer appears while it is being said; with --json it comes at once, as one object. A picture
+stands where the question says <image>, else before it: "is <image> larger than <image>?"
+"""
 
 import argparse
 import json
 
 from vlm_jax.cli import runs
+from vlm_jax.core.errors import UsageError
 
 SUMMARY = "answer a question about pictures"
 
@@ -11,14 +16,19 @@ SUMMARY = "answer a question about pictures"
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   runs.arguments(parser)
-  parser.add_argument("--prompt", required=True, help="the question")
+  parser.add_argument("--prompt", required=True,
+                      help="the question; <image> in it is the place of a picture")
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
-                      help="a picture shown before the question; may be repeated")
+                      help="a picture; may be repeated, in the order of the question's <image>")
   parser.add_argument("--max-tokens", type=int, default=32, help="the answer is cut there (32)")
   parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
   parser.add_argument("--top-p", type=float, default=1.0,
                       help="draw from the most likely tokens with this probability together (1)")
   parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+  parser.add_argument("--attention-map", default="", metavar="FILE.png",
+                      help="draw where in the pictures every word of the answer looked")
+  parser.add_argument("--attention-layers", default="", metavar="A,B,...",
+                      help="layers whose mean is drawn there, from 0, -1 the last (all)")
   parser.add_argument("--json", action="store_true",
                       help="print one JSON object: text, tokens, log_prob, counts, seconds")
 
@@ -28,8 +38,19 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.generate.answer import answer
   from vlm_jax.generate.sampling import Sampling
 
+  try:
+    layers = [int(text) for text in args.attention_layers.split(",") if text]
+  except ValueError:
+    raise UsageError(f"--attention-layers is '{args.attention_layers}'; write whole numbers with "
+                     "commas between them") from None
   sampling = Sampling(args.temperature, args.top_p, args.seed)
   config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
   said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
-                sampling=sampling)
-  print(json.dumps({"step": step, **said}) if args.json else said["text"])
+                sampling=sampling, write=None if args.json else show,
+                attention_map=args.attention_map, attention_layers=layers)
+  print(json.dumps({"step": step, **said}) if args.json else "", flush=True)
+
+
+def show(text: str) -> None:
+  """A piece of the answer, at once."""
+  print(text, end="", flush=True)

@@ -1,7 +1,7 @@
 """One question about some pictures, answered: what `vlm-jax generate` prints."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Image, Text
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import images as image_files
 from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import REASONS, BadExample
-from vlm_jax.generate.decode import generate
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.generate import maps
+from vlm_jax.generate.decode import generate, stream
 from vlm_jax.generate.prompts import layouts, slots, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
 
+MARK = "<image>"  # in a prompt: the next picture stands here
 BUCKET = 64  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
@@ -30,16 +33,22 @@ def answer(
   *,
   max_tokens: int = 32,
   sampling: Sampling = GREEDY,
+  write: Callable[[str], None] | None = None,
+  attention_map: str | Path = "",
+  attention_layers: Sequence[int] = (),
 ) -> dict[str, Any]:
   """Answers a question.
 
   Args:
     config: of the run.
     params: the parameters.
-    prompt: the question.
-    images: files, shown before the question.
+    prompt: the question; an `<image>` in it says where the next picture stands.
+    images: files, shown in this order; before the question when it has no `<image>`.
     max_tokens: the answer is cut there.
     sampling: how to choose tokens.
+    write: gets the answer in pieces of whole characters while it is being said; None: nobody does.
+    attention_map: where to draw the attention over the pictures of every word, "" for nowhere.
+    attention_layers: the layers to average there, (): all; see `maps.word_maps`.
 
   Returns:
     {"text", "tokens": the ids of the answer, "log_prob": of the answer and its end, "stopped":
@@ -47,13 +56,17 @@ def answer(
     "image_tokens": those of the images, "seconds": wall-clock time, compilation included}.
 
   Raises:
-    UsageError: an empty prompt or max_tokens below 1.
+    UsageError: an empty prompt, max_tokens below 1, a number of `<image>` that is not the images',
+      or as `maps.word_maps`.
     DataError: an image that is missing or cannot be read.
+    DiskError: `attention_map` is in no directory.
   """
-  if not prompt.strip():
-    raise UsageError("--prompt is empty; ask something")
   if max_tokens < 1:
     raise UsageError(f"--max-tokens is {max_tokens}; use 1 or more")
+  if attention_map:
+    maps.check(config, len(images), attention_layers)
+    if not (folder := Path(attention_map).absolute().parent).is_dir():
+      raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
   start = time.perf_counter()
   tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
   pictures = tuple(_read(path, decode_image) for path in images)
@@ -61,9 +74,19 @@ def answer(
   encoded = template.encode_prompt(ask(config, prompt, pictures), tokenizer, decode_image)
   laid_out = layouts([encoded], config)
   prompts = stack(laid_out, config, rows=1, bucket=BUCKET)
-  said = generate(config, params, prompts, max_tokens=max_tokens, stop=(tokenizer.eos,),
-                  sampling=sampling)
+  options: dict[str, Any] = {"max_tokens": max_tokens, "stop": (tokenizer.eos,),
+                             "sampling": sampling}
+  if write is None:
+    said = generate(config, params, prompts, **options)
+  else:
+    speaker = Speaker(tokenizer, write)
+    for said in stream(config, params, prompts, **options):
+      speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
+    speaker.finish()
   tokens = np.asarray(said.tokens)[0, 0, : int(said.lengths[0, 0])].tolist()
+  if attention_map:
+    found = maps.word_maps(config, params, encoded, tokens, tokenizer, attention_layers)
+    maps.draw(found, encoded.images).save(attention_map)
   return {
     "text": tokenizer.decode(tokens).strip(),
     "tokens": tokens,
@@ -83,15 +106,73 @@ def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "
     config: of the run; a model that learned from fan-out documents is asked as it was taught, in a
       branch.
     prompt: the question; "" asks for what follows the pictures, a caption.
-    pictures: shown before the question.
+    pictures: shown before the question, or where it says `<image>`.
     key: names the document.
+
+  Raises:
+    UsageError: see `interleave`.
   """
   if not prompt:
     return Document((*pictures, Text("", "text")), "", key)
   module = find_fusion(config)
   branch = int(f"masks/{module.STREAM}/q_class" in module.fields(config))
-  parts = (*pictures, Text(prompt, "user", branch=branch), Text("", "assistant", branch=branch))
-  return Document(parts, "", key)
+  return Document(interleave(prompt, pictures, branch), "", key)
+
+
+def interleave(prompt: str, pictures: Sequence[Image], branch: int) -> tuple[Text | Image, ...]:
+  """The parts of a question with its pictures where `<image>` says, and the answer's empty part.
+
+  Args:
+    prompt: the question.
+    pictures: in order.
+    branch: of a question whose pictures come first; pictures are never in a branch, so a question
+      with one in its middle is in the trunk.
+
+  Raises:
+    UsageError: the number of `<image>` is neither 0 nor that of the pictures, or there is no word.
+  """
+  pieces = [piece.strip() for piece in prompt.split(MARK)]
+  if len(pieces) == 1:
+    pieces = [""] * len(pictures) + pieces
+  if len(pieces) != len(pictures) + 1:
+    raise UsageError(f"--prompt has {len(pieces) - 1} {MARK} and there are {len(pictures)} --image;"
+                     f" write one {MARK} for each, or none: then they stand before the question")
+  if not any(pieces):
+    raise UsageError("--prompt is empty; ask something")
+  branch = 0 if any(pieces[:-1]) else branch
+  parts: list[Text | Image] = []
+  for piece, picture in zip(pieces, [*pictures, None], strict=True):
+    if piece:
+      continues = any(isinstance(part, Text) for part in parts)
+      parts.append(Text(piece, "user", branch=branch, continues=continues))
+    if picture is not None:
+      parts.append(picture)
+  return (*parts, Text("", "assistant", branch=branch))
+
+
+class Speaker:
+  """Hands out an answer that grows by tokens in pieces of whole characters.
+
+  A token may be a part of a character: such a rest, and blanks that may be the last, wait.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]):
+    self._tokenizer, self._write = tokenizer, write
+    self._text = self._shown = ""
+
+  def update(self, tokens: Sequence[int]) -> None:
+    """Takes all tokens so far."""
+    self._text = self._tokenizer.decode(tokens).strip()
+    self._show(self._text.rstrip("\ufffd").rstrip())
+
+  def finish(self) -> None:
+    """Hands out what waited: the answer has ended."""
+    self._show(self._text)
+
+  def _show(self, text: str) -> None:
+    if len(text) > len(self._shown):
+      self._write(text[len(self._shown) :])
+      self._shown = text
 
 
 def _read(path: str | Path, decode_image: template.DecodeImage) -> Image:

@@ -14,6 +14,7 @@ computed once, however many questions about it are open.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -147,8 +148,39 @@ def extend(model: Any, params: Params, tokens: Array, step: Array, context: Cont
   return output.logits(), output.cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_tokens"))
-def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Generated:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Saying:
+  """A batch in the middle of being decoded.
+
+  Attributes:
+    context: what stays the same.
+    cache: written up to the tokens before the last.
+    keys: PRNG keys [B,J].
+    step: i32[], tokens chosen.
+    said, log_probs, length: as in `Generated`, so far.
+    speaking: bool[B,J], whether the turn goes on.
+    token: i32[B,J], the last ones.
+  """
+
+  context: Context
+  cache: Cache
+  keys: Array
+  step: Array
+  said: Array
+  log_probs: Array
+  length: Array
+  speaking: Array
+  token: Array
+
+  def generated(self) -> Generated:
+    """What was said so far."""
+    stopped = self.context.active & ~self.speaking
+    return Generated(self.said, self.length, stopped, self.log_probs, self.step)
+
+
+def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Saying:
+  """Reads the prompts and chooses the first tokens; arguments as in `generate`."""
   module, batch = find_fusion(config), from_flat(flat)
   model = module.Model(config)
   context = make_context(module, config, batch, ends, max_tokens)
@@ -159,34 +191,55 @@ def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens
 
   fold = jax.vmap(jax.random.fold_in, (None, 0))
   keys = jax.vmap(fold, (0, None))(jax.vmap(jax.random.key)(seeds), jnp.arange(turns))
-
-  def say(logits, step, state):
-    """Chooses token number `step` and writes it down for the turns that still speak."""
-    said, log_probs, length, speaking, _ = state
-    now = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, step)
-    token, log_prob = choose(logits, now, temperature, top_p)
-    stops = (token[..., None] == stop).any(-1)
-    token = jnp.where(speaking & ~stops, token, 0)
-    said = said.at[..., step].set(token)
-    log_probs = log_probs.at[..., step].set(jnp.where(speaking, log_prob, 0.0))
-    length = length + (speaking & ~stops)
-    return said, log_probs, length, speaking & ~stops, token
-
-  def going(carry):
-    step, _, state = carry
-    return (step < max_tokens) & state[3].any()
-
-  def body(carry):
-    step, cache, state = carry
-    logits, cache = extend(model, params, state[4], step - 1, context, cache)
-    return step + 1, cache, say(logits, step, state)
-
   zeros = jnp.zeros((rows, turns), jnp.int32)
   blank = jnp.zeros((rows, turns, max_tokens), jnp.int32)
-  state = say(logits, 0, (blank, blank.astype(jnp.float32), zeros, context.active, zeros))
-  step, _, state = lax.while_loop(going, body, (jnp.ones((), jnp.int32), cache, state))
-  said, log_probs, length, speaking, _ = state
-  return Generated(said, length, context.active & ~speaking, log_probs, step)
+  saying = Saying(context, cache, keys, jnp.zeros((), jnp.int32), blank,
+                  blank.astype(jnp.float32), zeros, context.active, zeros)
+  return say(saying, logits, stop, temperature, top_p)
+
+
+def say(saying: Saying, logits: Array, stop, temperature, top_p) -> Saying:
+  """Chooses the next tokens and writes them down for the turns that still speak."""
+  step, speaking = saying.step, saying.speaking
+  now = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(saying.keys, step)
+  token, log_prob = choose(logits, now, temperature, top_p)
+  stops = (token[..., None] == stop).any(-1)
+  token = jnp.where(speaking & ~stops, token, 0)
+  return dataclasses.replace(
+    saying,
+    step=step + 1,
+    said=saying.said.at[..., step].set(token),
+    log_probs=saying.log_probs.at[..., step].set(jnp.where(speaking, log_prob, 0.0)),
+    length=saying.length + (speaking & ~stops),
+    speaking=speaking & ~stops,
+    token=token,
+  )
+
+
+def advance(config, params, saying: Saying, stop, temperature, top_p, limit) -> Saying:
+  """Goes on until `limit` tokens are chosen or nobody speaks, in one loop."""
+  model = find_fusion(config).Model(config)
+
+  def going(saying):
+    return (saying.step < limit) & saying.speaking.any()
+
+  def body(saying):
+    logits, cache = extend(model, params, saying.token, saying.step - 1, saying.context,
+                           saying.cache)
+    return say(dataclasses.replace(saying, cache=cache), logits, stop, temperature, top_p)
+
+  return lax.while_loop(going, body, saying)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_tokens"))
+def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Generated:
+  saying = begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens)
+  return advance(config, params, saying, stop, temperature, top_p, max_tokens).generated()
+
+
+_begin = jax.jit(begin, static_argnames=("config", "max_tokens"))
+# The cache is the largest thing there is: it is handed on, not copied.
+_advance = jax.jit(advance, static_argnames="config", donate_argnames="saying")
 
 
 def generate(
@@ -217,6 +270,43 @@ def generate(
     ValueError: max_tokens below 1.
     UsageError: more tokens than the model has learned positions.
   """
+  return _run(*_arguments(config, params, prompts, max_tokens, stop, sampling, seeds))
+
+
+def stream(
+  config: ConfigDict,
+  params: Params,
+  prompts: Prompts,
+  *,
+  max_tokens: int,
+  stop: tuple[int, ...] = (),
+  sampling: Sampling = GREEDY,
+  seeds: np.ndarray | None = None,
+  chunk: int = 4,
+) -> Iterator[Generated]:
+  """As `generate`, in pieces: what was said after each `chunk` of tokens; the last is the whole.
+
+  Raises:
+    ValueError: max_tokens or chunk below 1.
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk must be at least 1, got {chunk}")
+  arguments = _arguments(config, params, prompts, max_tokens, stop, sampling, seeds)
+  frozen, _, _, _, stop_array, _, temperature, top_p, _ = arguments
+  saying = _begin(*arguments)
+  step = 1
+  while True:
+    # Read before the next call, which takes the arrays over.
+    going = step < max_tokens and bool(saying.speaking.any())
+    yield jax.device_get(saying.generated())
+    if not going:
+      return
+    step = min(step + chunk, max_tokens)
+    saying = _advance(frozen, params, saying, stop_array, temperature, top_p, np.int32(step))
+
+
+def _arguments(config, params, prompts, max_tokens, stop, sampling, seeds) -> tuple:
+  """The arguments of `begin`."""
   if max_tokens < 1:
     raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
   positions = prompts.flat[f"streams/{find_fusion(config).STREAM}/positions"]
@@ -227,7 +317,7 @@ def generate(
                      f"new tokens behind a prompt of {int(positions.max()) + 1}; ask for fewer")
   if seeds is None:
     seeds = sampling.seed + np.arange(len(prompts.ends))
-  return _run(
+  return (
     FrozenConfigDict(config),
     params,
     prompts.flat,

@@ -18,6 +18,7 @@ from vlm_jax.report.style import CSS
 from vlm_jax.train.metrics import duration
 from vlm_jax.train.workdir import write_atomically
 
+UNITS = ("questions", "tokens", "pictures", "documents")  # what evaluations count
 # Nothing may be loaded, whatever the page holds: styles are its own, pictures are data.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -128,8 +129,9 @@ def newest(run: Run) -> dict[str, tuple[int, dict[str, Any]]]:
 
 def main(numbers: dict[str, Any]) -> tuple[str, float]:
   """Name and value of the number an evaluation is read by."""
-  names = ("accuracy", "perplexity", *(name for name, value in numbers.items()
-                                       if isinstance(value, float) and name != "seconds"))
+  other = (name for name, value in numbers.items() if isinstance(value, float)
+           and name not in ("seconds", "low", "high"))
+  names = ("accuracy", "perplexity", "cider", "anls", *other)
   name = next((name for name in names if isinstance(numbers.get(name), int | float)), "")
   return name, numbers.get(name, math.nan)
 
@@ -142,8 +144,7 @@ def evaluations(run: Run) -> Html:
   lines = []
   for label, (step, numbers) in newest(run).items():
     name, value = main(numbers)
-    unit = next((unit for unit in ("questions", "tokens", "images", "captions") if unit in numbers),
-                "")
+    unit = next((unit for unit in UNITS if unit in numbers), "")
     lines.append([tag("b", label), name, figure(value), bounds(numbers),
                   bar(numbers, value, name), f"{numbers[unit]:,} {unit}" if unit else "",
                   f"{numbers.get('source', '')} {numbers.get('split', '')}", figure(step)])
@@ -174,7 +175,7 @@ def bounds(numbers: dict[str, Any]) -> str:
 
 def bar(numbers: dict[str, Any], value: float, name: str, control: bool = False) -> Html | str:
   """The interval as a picture, for numbers between 0 and 1."""
-  if name != "accuracy" or not {"low", "high"} <= numbers.keys():
+  if not {"low", "high"} <= numbers.keys() or name == "perplexity" or numbers["high"] > 1:
     return ""
   return charts.interval(value, numbers["low"], numbers["high"], control)
 

@@ -1,4 +1,7 @@
-"""One packed row as the model gets it: who sees whom, in the tokens' colours, and its text."""
+"""One packed row as the model gets it: who sees whom, in the tokens' colours, and its text.
+
+Of a strategy with several streams, each with the mask of its own name, one after the other.
+"""
 
 from typing import Any
 
@@ -6,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.core.batch import from_flat
+from vlm_jax.core.layout import streams_of
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.data import inspect, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
@@ -26,13 +30,21 @@ def section(run: Run) -> Html:
   """
   batch, _ = inspect.batch_at(run.config, 1)
   tokenizer = pipeline.load_tokenizer(run.config)
-  kinds, mask = inspect.kinds_of(batch, 0), one_row(batch)
+  names = streams_of(batch)
+  parts = [tag("p", tag("b", f"Stream {name}")) + one_stream(run, batch, name, tokenizer)
+           if len(names) > 1 else one_stream(run, batch, name, tokenizer) for name in names]
+  return Html("".join(parts))
+
+
+def one_stream(run: Run, batch: dict[str, np.ndarray], stream: str, tokenizer: Tokenizer) -> Html:
+  """Row 0 of one stream: its mask, large and whole, and its documents."""
+  kinds, mask = inspect.kinds_of(batch, stream, 0), one_row(batch, stream)
   slots = len(kinds)
   whole = tag("figure", picture(draw(mask, kinds, 0, slots), "attention mask of the whole row",
                                 class_="mask"),
               tag("figcaption", f"All {slots:,} slots of the row, each against each: one pixel a "
                   "pair. Blocks are documents; none sees another."))
-  first = interesting(batch, mask)
+  first = interesting(batch, stream, mask)
   last = min(first + CLOSE, slots)
   close = tag("figure", picture(draw(mask, kinds, first, last, 8), "some of it, enlarged",
                                 class_="mask"),
@@ -40,19 +52,19 @@ def section(run: Run) -> Html:
                   "slot i sees slot j, in the colour of j."))
   legend = [tag("span", tag("i", class_=f"k-{kind}"), kind) for kind in KINDS]
   return Html(tag("div", legend, class_="legend") + tag("div", close, whole, class_="pair")
-              + documents(run, batch, kinds, mask, tokenizer))
+              + documents(run, batch, stream, kinds, mask, tokenizer))
 
 
-def one_row(batch: dict[str, np.ndarray]) -> IntervalMask:
+def one_row(batch: dict[str, np.ndarray], stream: str) -> IntervalMask:
   """The mask of row 0."""
-  mask = from_flat(batch).masks["text"]
+  mask = from_flat(batch).masks[stream]
   fields = (mask.lo, mask.hi, mask.q_class, mask.k_class, mask.k_index)
   return IntervalMask(*(None if field is None else np.asarray(field[0]) for field in fields))
 
 
-def interesting(batch: dict[str, np.ndarray], mask: IntervalMask) -> int:
+def interesting(batch: dict[str, np.ndarray], stream: str, mask: IntervalMask) -> int:
   """Where the first document with branches begins, else the first with an image, else 0."""
-  ids, fill = batch["streams/text/segment_ids"][0], batch["streams/text/fill"][0]
+  ids, fill = (batch[f"streams/{stream}/{field}"][0] for field in ("segment_ids", "fill"))
   for wanted in (None if mask.q_class is None else mask.q_class > 0, fill >= 0):
     if wanted is not None and wanted.any():
       return int(np.flatnonzero(ids == ids[np.argmax(wanted)])[0])
@@ -85,18 +97,18 @@ def draw(mask: IntervalMask, kinds: list[str], first: int, last: int,
   return image
 
 
-def documents(run: Run, batch: dict[str, np.ndarray], kinds: list[str], mask: IntervalMask,
-              tokenizer: Tokenizer) -> Html:
+def documents(run: Run, batch: dict[str, np.ndarray], stream: str, kinds: list[str],
+              mask: IntervalMask, tokenizer: Tokenizer) -> Html:
   """The documents of row 0, token by token."""
-  ids = batch["streams/text/segment_ids"][0]
-  sources = batch["streams/text/source_ids"][0]
+  path = f"streams/{stream}"
+  ids, sources = batch[f"{path}/segment_ids"][0], batch[f"{path}/source_ids"][0]
   names = sorted(run.config.data.sources)
   numbers = [int(number) for number in np.unique(ids) if number]
   parts = []
   for number in numbers[:DOCUMENTS]:
     slots = np.flatnonzero(ids == number)
     head = tag("b", f"{number} {names[sources[slots[0]]]}")
-    parts.append(tag("p", head, " ", tokens(batch, slots, kinds, mask, tokenizer),
+    parts.append(tag("p", head, " ", tokens(batch[f"{path}/tokens"][0], slots, kinds, mask, tokenizer),
                      class_="tokens"))
   more = len(numbers) - DOCUMENTS
   if more > 0:
@@ -104,10 +116,9 @@ def documents(run: Run, batch: dict[str, np.ndarray], kinds: list[str], mask: In
   return Html("".join(parts))
 
 
-def tokens(batch: dict[str, np.ndarray], slots: np.ndarray, kinds: list[str], mask: IntervalMask,
+def tokens(ids: np.ndarray, slots: np.ndarray, kinds: list[str], mask: IntervalMask,
            tokenizer: Tokenizer) -> list[Any]:
   """The tokens of a document in their colours; the slots of an image are one mark."""
-  ids = batch["streams/text/tokens"][0]
   parts: list[Any] = []
   images = 0
   for slot in [*slots, None]:

@@ -14,6 +14,7 @@ from vlm_jax.report.html import Html, figure, picture, tag
 from vlm_jax.report.run import Run
 
 COUNT, WRONG = 12, 4  # samples shown, of which at most so many that are wrong
+SHOWN = {"key", "document", "prediction", "score"}  # what a row needs to be a sample
 SIDE = 144  # pixels of the longer side of a picture
 CONTROLS = {"none": "without the picture", "shuffled": "with another picture"}
 
@@ -21,7 +22,7 @@ CONTROLS = {"none": "without the picture", "shuffled": "with another picture"}
 def section(run: Run, label: str, numbers: dict[str, Any]) -> Html | None:
   """Samples of one evaluation; None when it left no predictions of answers."""
   rows = read(run.path / "predictions" / f"{label}.jsonl")
-  if not rows or "prediction" not in rows[0]:
+  if not rows or not SHOWN <= rows[0].keys():
     return None
   controls = {}
   for name in numbers.get("controls", {}):
@@ -98,9 +99,9 @@ def card(row: dict[str, Any], controls: dict[str, dict], image: PIL.Image | None
   """One question."""
   right = row["score"] >= 1
   answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right else "no")
-  lines = [tag("p", row["question"], class_="asked"), answer]
+  lines = [tag("p", row.get("question", ""), class_="asked"), answer]
   if not right:
-    truth = ", ".join(dict.fromkeys(row["answers"]))
+    truth = ", ".join(dict.fromkeys(row.get("answers", [])))
     lines.append(tag("p", "truth: ", tag("b", truth)))
   if "log_prob" in row:
     lines.append(tag("p", f"log-probability {figure(row['log_prob'])}", class_="muted"))
