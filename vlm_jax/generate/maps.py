@@ -137,8 +137,8 @@ def check(config: ConfigDict, pictures: int, layers: Sequence[int]) -> None:
   if not pictures:
     raise UsageError("--attention-map needs a picture; give one with --image")
   if find_llm(config).KIND != "decoder":
-    raise UsageError(f"--attention-map: in config.llm.name '{config.llm.name}' pictures are read by "
-                     "an encoder, so no word looks at them directly; leave it out")
+    raise UsageError(f"--attention-map: in config.llm.name '{config.llm.name}' pictures are read "
+                     "by an encoder, so no word looks at them directly; leave it out")
   depth = config.llm.depth
   if any(not -depth <= layer < depth for layer in layers):
     raise UsageError(f"--attention-layers: the model has layers 0 to {depth - 1}, got "

@@ -108,8 +108,8 @@ def documents(run: Run, batch: dict[str, np.ndarray], stream: str, kinds: list[s
   for number in numbers[:DOCUMENTS]:
     slots = np.flatnonzero(ids == number)
     head = tag("b", f"{number} {names[sources[slots[0]]]}")
-    parts.append(tag("p", head, " ", tokens(batch[f"{path}/tokens"][0], slots, kinds, mask, tokenizer),
-                     class_="tokens"))
+    words = tokens(batch[f"{path}/tokens"][0], slots, kinds, mask, tokenizer)
+    parts.append(tag("p", head, " ", words, class_="tokens"))
   more = len(numbers) - DOCUMENTS
   if more > 0:
     parts.append(tag("p", f"... and {more} more documents."))
