@@ -54,7 +54,7 @@ batch, info = next(loader)
 loader.close()
 print("\n".join(inspect.show(config, batch, examples=1)))
 print("documents in one step:", info["documents"])
-inspect.draw_rows(batch, rows=2)
+inspect.draw_rows(config, batch, rows=2)
 
 # %% [markdown]
 # ## Training

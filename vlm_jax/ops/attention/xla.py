@@ -6,8 +6,9 @@ algorithms 1 and 2, over a compacted list of blocks.
 
 Inside, rows are grouped by key/value group: [blocks, B, G, (H/G) * block, C], so a block of queries
 of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop
-step takes one query block of every row of the batch and, in each row, that row's next active key
-block: rows stay side by side, so sharded rows stay on their devices.
+step takes n query blocks of every row of the batch, neighbours, and for each of them its own next
+active key block: [n, B, ...]. Rows stay side by side, so sharded rows stay on their devices; with
+few rows n is larger, and a step has work for all cores.
 """
 
 import functools
@@ -21,6 +22,7 @@ from vlm_jax.core.typing import Array
 from vlm_jax.ops.attention.plan import EMPTY, FULL, AttentionPlan, pad_mask
 
 MASKED = -1e30
+LANES = 16  # blocks of all rows together that a loop step takes
 
 
 def declines(q_shape, k_shape, plan: AttentionPlan | None, asked: bool) -> str | None:
@@ -73,9 +75,27 @@ def _split_keys(x: Array, block: int) -> Array:
   return x.reshape(batch, -1, block, groups, width).transpose(1, 0, 3, 2, 4)
 
 
+def _in_lanes(tree, batch: int):
+  """Arrays [blocks,...] to [steps,n,...], padded: what is not there has no active block."""
+  blocks = jax.tree.leaves(tree)[0].shape[0]
+  n = max(1, min(blocks, LANES // batch))
+
+  def cut(x):
+    padded = jnp.pad(x, ((0, -blocks % n), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(-1, n, *x.shape[1:])
+
+  return jax.tree.map(cut, tree)
+
+
+def _from_lanes(tree, blocks: int):
+  """The inverse of `_in_lanes`."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:blocks], tree)
+
+
 def _pick(x: Array, index: Array) -> Array:
-  """x[index[b], b] for every row b: x [blocks,B,...] to [B,...]."""
-  return jax.vmap(lambda blocks, i: lax.dynamic_index_in_dim(blocks, i, 0, False), (1, 0))(x, index)
+  """x[index[n,b], b] for every lane n and row b: x [blocks,B,...] to [n,B,...]."""
+  one = lambda blocks, i: lax.dynamic_index_in_dim(blocks, i, 0, False)
+  return jax.vmap(lambda row: jax.vmap(one, (1, 0))(x, row))(index)
 
 
 def _blocks(mask: IntervalMask, plan: AttentionPlan) -> IntervalMask:
@@ -91,47 +111,53 @@ def _blocks(mask: IntervalMask, plan: AttentionPlan) -> IntervalMask:
 
 
 def _pairs(query: IntervalMask, key: IntervalMask) -> IntervalMask:
-  """The mask of one query block against one key block in every row."""
+  """The mask of one query block against one key block in every lane and row."""
   return IntervalMask(query.lo, query.hi, query.q_class, key.k_class, key.k_index)
 
 
 def _logits(q, k, mask: IntervalMask, kind: Array, scale: float) -> Array:
-  """f32[B,G,R*block_q,block_k], masked; kind i8[B] of the block in each row, EMPTY: unseen."""
-  logits = jnp.einsum("bgqc,bgsc->bgqs", q, k, preferred_element_type=jnp.float32) * scale
+  """f32[n,B,G,R*block_q,block_k], masked; kind i8[n,B] of each block, EMPTY: unseen."""
+  logits = jnp.einsum("nbgqc,nbgsc->nbgqs", q, k, preferred_element_type=jnp.float32) * scale
 
   def masked(logits):
-    seen = mask.dense() & (kind > EMPTY)[:, None, None]
-    repeats = logits.shape[2] // seen.shape[1]
-    return jnp.where(jnp.tile(seen, (1, repeats, 1))[:, None], logits, MASKED)
+    seen = mask.dense() & (kind > EMPTY)[..., None, None]
+    repeats = logits.shape[3] // seen.shape[2]
+    return jnp.where(jnp.tile(seen, (1, 1, repeats, 1))[:, :, None], logits, MASKED)
 
   return lax.cond((kind == FULL).all(), lambda logits: logits, masked, logits)
 
 
-def _kind(kinds: Array, count: Array, step: Array) -> Array:
-  """The kind of each row's block, EMPTY for rows that have no active block left."""
-  return jnp.where(step < count, kinds, EMPTY)
+def _next(kinds: Array, count: Array, order: Array, step: Array) -> tuple[Array, Array]:
+  """The next block i32[n,B] of every lane and row and its kind, EMPTY where none is left.
+
+  Args:
+    kinds, order: [n,B,blocks], of the plan.
+    count: i32[n,B].
+    step: i32[].
+  """
+  block = order[..., step]
+  kind = jnp.take_along_axis(kinds, block[..., None], axis=-1)[..., 0]
+  return block, jnp.where(step < count, kind, EMPTY)
 
 
 def _forward(q, k, v, mask: IntervalMask, plan: AttentionPlan, scale) -> tuple[Array, Array]:
   """The output f32 like q, and the log-sum-exp f32[blocks,B,G,R*block_q] (+inf for empty rows)."""
   fields = _blocks(mask, plan)
   keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
-  rows = jnp.arange(q.shape[1])
 
   def query_block(args):
     query, own, kinds, count, order = args
 
     def key_block(step, carry):
       acc, top, total = carry
-      j = order[:, step]
+      j, kind = _next(kinds, count, order, step)
       pick = functools.partial(_pick, index=j)
-      pairs = _pairs(own, jax.tree.map(pick, keys))
-      logits = _logits(query, pick(k), pairs, _kind(kinds[rows, j], count, step), scale)
+      logits = _logits(query, pick(k), _pairs(own, jax.tree.map(pick, keys)), kind, scale)
       new_top = jnp.maximum(top, logits.max(-1))
       shrink = jnp.exp(top - new_top)
       # While a row has seen no key its maximum is MASKED, and exp(MASKED - MASKED) is not a weight.
       weights = jnp.exp(logits - new_top[..., None]) * (new_top > MASKED / 2)[..., None]
-      add = jnp.einsum("bgqs,bgsc->bgqc", weights.astype(v.dtype), pick(v),
+      add = jnp.einsum("nbgqs,nbgsc->nbgqc", weights.astype(v.dtype), pick(v),
                        preferred_element_type=jnp.float32)
       return acc * shrink[..., None] + add, new_top, total * shrink + weights.sum(-1)
 
@@ -146,9 +172,9 @@ def _forward(q, k, v, mask: IntervalMask, plan: AttentionPlan, scale) -> tuple[A
     return acc / total[..., None], jnp.where(seen, top + jnp.log(total), jnp.inf)
 
   queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
-  by_query = lambda field: jnp.moveaxis(field, 1, 0)
-  return lax.map(query_block, (q, queries, by_query(plan.kinds), plan.k_count.T,
-                               by_query(plan.k_blocks)))
+  swap = lambda field: jnp.moveaxis(field, 1, 0)
+  blocks = (q, queries, swap(plan.kinds), plan.k_count.T, swap(plan.k_blocks))
+  return _from_lanes(lax.map(query_block, _in_lanes(blocks, q.shape[1])), len(q))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -167,25 +193,23 @@ def _attend_backward(scale, residuals, grad):
   fields = _blocks(mask, plan)
   queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
   keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
-  rows = jnp.arange(q.shape[1])
   delta = (out * grad).sum(-1)
 
   def weights_and_grad(query, key, value, above, lse, delta, pairs, kind):
-    """softmax weights of a block and the gradient of its scaled logits, f32[B,G,R*bq,bk]."""
+    """softmax weights of a block and the gradient of its scaled logits, f32[n,B,G,R*bq,bk]."""
     weights = jnp.exp(_logits(query, key, pairs, kind, scale) - lse[..., None])
-    inner = jnp.einsum("bgqc,bgsc->bgqs", above, value, preferred_element_type=jnp.float32)
+    inner = jnp.einsum("nbgqc,nbgsc->nbgqs", above, value, preferred_element_type=jnp.float32)
     return weights, weights * (inner - delta[..., None]) * scale
 
   def query_block(args):
     query, above, lse, delta, own, kinds, count, order = args
 
     def key_block(step, grad_q):
-      j = order[:, step]
+      j, kind = _next(kinds, count, order, step)
       pick = functools.partial(_pick, index=j)
-      kind = _kind(kinds[rows, j], count, step)
       pairs, key = _pairs(own, jax.tree.map(pick, keys)), pick(k)
       _, grad_logits = weights_and_grad(query, key, pick(v), above, lse, delta, pairs, kind)
-      return grad_q + jnp.einsum("bgqs,bgsc->bgqc", grad_logits, key)
+      return grad_q + jnp.einsum("nbgqs,nbgsc->nbgqc", grad_logits, key)
 
     return lax.fori_loop(0, count.max(), key_block, jnp.zeros(query.shape, jnp.float32))
 
@@ -194,25 +218,24 @@ def _attend_backward(scale, residuals, grad):
 
     def query_block(step, carry):
       grad_k, grad_v = carry
-      i = order[:, step]
+      i, kind = _next(kinds, count, order, step)
       pick = functools.partial(_pick, index=i)
-      kind = _kind(kinds[rows, i], count, step)
       query, above = pick(q), pick(grad)
       pairs = _pairs(jax.tree.map(pick, queries), own)
       weights, grad_logits = weights_and_grad(
         query, key, value, above, pick(lse), pick(delta), pairs, kind
       )
-      grad_v += jnp.einsum("bgqs,bgqc->bgsc", weights, above)
-      return grad_k + jnp.einsum("bgqs,bgqc->bgsc", grad_logits, query), grad_v
+      grad_v += jnp.einsum("nbgqs,nbgqc->nbgsc", weights, above)
+      return grad_k + jnp.einsum("nbgqs,nbgqc->nbgsc", grad_logits, query), grad_v
 
     zero = jnp.zeros(key.shape, jnp.float32)
     return lax.fori_loop(0, count.max(), query_block, (zero, zero))
 
   swap = lambda field: jnp.moveaxis(field, 1, 0)
-  grad_q = lax.map(query_block, (q, grad, lse, delta, queries, swap(plan.kinds), plan.k_count.T,
-                                 swap(plan.k_blocks)))
-  grad_k, grad_v = lax.map(key_block, (k, v, keys, jnp.moveaxis(plan.kinds, 2, 0), plan.q_count.T,
-                                       swap(plan.q_blocks)))
+  blocks = (q, grad, lse, delta, queries, swap(plan.kinds), plan.k_count.T, swap(plan.k_blocks))
+  grad_q = _from_lanes(lax.map(query_block, _in_lanes(blocks, q.shape[1])), len(q))
+  blocks = (k, v, keys, jnp.moveaxis(plan.kinds, 2, 0), plan.q_count.T, swap(plan.q_blocks))
+  grad_k, grad_v = _from_lanes(lax.map(key_block, _in_lanes(blocks, q.shape[1])), len(k))
   return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None, None
 
 
