@@ -84,7 +84,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.tower.update(image_size=64, width=16, depths=(1, 1, 1), remat="none")
   config.llm.update(vocab_size=1024, width=96, depth=2, mlp=192, heads=3, kv_heads=3, unroll=2,
                     remat="none", positions=128)
-  config.data.update(rows=2, tokens=336, decoder_tokens=128, images=5, window=64)
+  config.data.update(rows=2, tokens=448, decoder_tokens=192, images=5, window=64)
   config.optim.update(lr=2e-3, warmup=5)
   config.train.update(steps=50, log_every=5, checkpoint_every=50)
   for entry in config.evals.values():
