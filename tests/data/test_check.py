@@ -55,10 +55,11 @@ def test_what_it_says_is_what_training_does(own, folder, records):  # noqa: F811
   epoch = float(re.search(r"about ([\d.]+) steps", text)[1])
   config.data.bad_limit = 1.0
   packed = [info["documents"]["mine"] for _, info, _ in steps(config, 4)]
-  assert epoch == pytest.approx(12 / np.mean(packed), rel=0.5) and epoch > 1
+  assert 0.5 < epoch / (12 / np.mean(packed)) < 2 and epoch > 1
   some, _ = check.check(config, "mine", examples=0, limit=2)
   assert "the first 2 read" in some and "row 0" not in some and "fill" not in some
-  assert float(re.search(r"about ([\d.]+) steps", some)[1]) == pytest.approx(epoch, rel=0.6)
+  # Of two records, whose lengths are random; an epoch of only those two would be a sixth.
+  assert 0.25 < float(re.search(r"about ([\d.]+) steps", some)[1]) / epoch < 4
 
 
 def test_the_command(folder, records, tmp_path, capsys, monkeypatch):  # noqa: F811
