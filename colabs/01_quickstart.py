@@ -31,7 +31,7 @@ WORKDIR = "runs/notebook"  # @param {type:"string"}
 
 import jax
 
-MINUTES = {"cpu": "6 on two cores"}  # training and evaluation; other devices were not measured
+MINUTES = {"cpu": "5 on two cores"}  # training and evaluation; other devices were not measured
 device = jax.devices()[0]
 print(f"{device.device_kind} ({device.platform}), expected minutes: "
       f"{MINUTES.get(device.platform, 'unknown')}")

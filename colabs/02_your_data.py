@@ -39,7 +39,7 @@ from vlm_jax.data import toy
 if not os.path.exists(PATH):
   toy.write(".")  # forty squares and their colours, to see it work
 device = jax.devices()[0]
-minutes = "2 on two cores" if device.platform == "cpu" else "unknown"
+minutes = "1 on two cores" if device.platform == "cpu" else "unknown"
 print(f"{device.device_kind} ({device.platform}), expected minutes: {minutes}")
 
 # %% [markdown]

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -30,8 +31,10 @@ def write(path: str, records: Iterable[Record]) -> int:
   return count
 
 
-class Reader:
-  """Random access to the records of one split; can be pickled and opens the file again."""
+class ArrayRecord(Sequence):
+  """Random access to the bytes of every record; can be pickled and opens the file again."""
+
+  WAY_OUT = AGAIN  # what to do about a damaged file, or what it should have been
 
   def __init__(self, path: str):
     """Opens an ArrayRecord file; a damaged one is a DataError."""
@@ -40,20 +43,27 @@ class Reader:
       self._source = ArrayRecordDataSource(path)
       self._length = len(self._source)
     except Exception as error:  # the reader raises whatever the file format's library raises
-      raise DataError(f"{path} cannot be read ({error}); {AGAIN}") from error
+      raise DataError(f"{path} cannot be read ({error}); {self.WAY_OUT}") from error
 
   def __len__(self) -> int:
     return self._length
 
+  def __getitem__(self, index: int) -> Any:
+    return self._source[index]
+
+  def __reduce__(self):
+    return type(self), (self.path,)
+
+
+class Reader(ArrayRecord):
+  """The records of one split."""
+
   def __getitem__(self, index: int) -> Record:
     """Record `index`, 0 <= index < len; a damaged one is a DataError."""
     try:
-      return msgpack.unpackb(self._source[index], raw=False)
+      return msgpack.unpackb(super().__getitem__(index), raw=False)
     except Exception as error:
       raise DataError(f"{self.path}: record {index} cannot be read ({error}); {AGAIN}") from error
-
-  def __reduce__(self):
-    return Reader, (self.path,)
 
 
 def open_split(root: str, source: str, split: str) -> Reader:

@@ -180,7 +180,15 @@ class Saying:
 
 
 def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Saying:
-  """Reads the prompts and chooses the first tokens; arguments as in `generate`."""
+  """Reads the prompts and chooses the first tokens.
+
+  Args:
+    config, params, max_tokens: as in `generate`, the config frozen.
+    flat, ends: of `Prompts`.
+    stop: i32[n].
+    seeds: u32[B].
+    temperature, top_p: f32[], temperature None: greedy.
+  """
   module, batch = find_fusion(config), from_flat(flat)
   model = module.Model(config)
   context = make_context(module, config, batch, ends, max_tokens)
@@ -199,7 +207,7 @@ def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_token
 
 
 def say(saying: Saying, logits: Array, stop, temperature, top_p) -> Saying:
-  """Chooses the next tokens and writes them down for the turns that still speak."""
+  """Chooses the next tokens from f32[B,J,V] and writes them down for the turns that still speak."""
   step, speaking = saying.step, saying.speaking
   now = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(saying.keys, step)
   token, log_prob = choose(logits, now, temperature, top_p)
@@ -217,7 +225,7 @@ def say(saying: Saying, logits: Array, stop, temperature, top_p) -> Saying:
 
 
 def advance(config, params, saying: Saying, stop, temperature, top_p, limit) -> Saying:
-  """Goes on until `limit` tokens are chosen or nobody speaks, in one loop."""
+  """Goes on until `limit` (i32[]) tokens are chosen or nobody speaks, in one loop."""
   model = find_fusion(config).Model(config)
 
   def going(saying):
