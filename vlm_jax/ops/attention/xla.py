@@ -1,14 +1,15 @@
 """Blocked attention in plain XLA: online softmax over the active blocks of the plan, both ways.
 
-Memory is O(T * C); work is proportional to the active blocks. Data-dependent trip counts make it a
+Memory is O(T * C); work follows the active blocks. Data-dependent trip counts make it a
 good choice on CPUs and a fallback elsewhere. Algorithm: FlashAttention-2 (arXiv:2307.08691),
 algorithms 1 and 2, over a compacted list of blocks.
 
 Inside, rows are grouped by key/value group: [blocks, B, G, (H/G) * block, C], so a block of queries
 of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop
 step takes n query blocks of every row of the batch, neighbours, and for each of them its own next
-active key block: [n, B, ...]. Rows stay side by side, so sharded rows stay on their devices; with
-few rows n is larger, and a step has work for all cores.
+active key block: [n, B, ...]; one that has none left computes a masked block until the others are
+done. Rows stay side by side, so sharded rows stay on their devices; with few rows n is larger, and
+a step has work for all cores.
 """
 
 import functools
