@@ -10,6 +10,9 @@ The last line is JSON with the keys
   shuffled_highest  the highest accuracy of the mix with another test picture (bar 0.62)
   image_only        test accuracy of the pictures alone, first seed (the mix within 0.01 of it)
   conversation      test accuracy when trained on conversations, first seed
+  openmoji          accuracy of four-way choices among held-out families, one number a seed
+  openmoji_low      the lowest lower end of their 95% intervals (bar: above 0.30, where a blind
+                    model's interval ends)
   text_ppl_mixed, text_ppl_text_only   perplexity per token of the text's test split, first seed
   text_ratio        text_ppl_mixed / text_ppl_text_only (bar 1.10)
   seconds           wall clock of each training with its evaluation
@@ -26,6 +29,7 @@ from vlm_jax.evals import run as evals
 from vlm_jax.train.loop import train
 
 SEEDS = (0, 1, 2)
+SOURCES = ["easy_vqa", "openmoji", "pydoc"]
 CONTROLS = ("image_only", "text_only", "conversation")
 
 
@@ -33,7 +37,7 @@ def one(arg: str, seed: int, folder: Path) -> dict:
   """Trains one recipe from nothing; returns its last metrics and its seconds."""
   config = recipes.load(f"configs/quickstart.py:{arg}")
   config.seed = seed
-  prepare.prepare(config.data.root, ["easy_vqa", "pydoc"], config.llm.vocab_size)
+  prepare.prepare(config.data.root, SOURCES, config.llm.vocab_size)
   workdir = folder / f"{arg or 'mixed'}-{seed}"
   start = time.perf_counter()
   row = train(config.lock(), workdir, evaluate=evals.in_loop(config, workdir))
@@ -52,6 +56,8 @@ def main() -> None:
     "shuffled_highest": max(row["eval/easy_vqa/shuffled/accuracy"] for row in mixed),
     "image_only": control["image_only"][vqa],
     "conversation": control["conversation"][vqa],
+    "openmoji": [row["eval/openmoji/accuracy"] for row in mixed],
+    "openmoji_low": min(row["eval/openmoji/low"] for row in mixed),
     "text_ppl_mixed": mixed[0][text],
     "text_ppl_text_only": control["text_only"][text],
     "text_ratio": mixed[0][text] / control["text_only"][text],

@@ -49,6 +49,7 @@ def form(name: str, mlp: int, args: argparse.Namespace) -> ConfigDict:
   """The config of a form."""
   config = recipes.load("configs/quickstart.py")
   config.data.root = args.data
+  del config.data.sources.openmoji, config.evals.openmoji, config.evals.openmoji_captions
   config.train.update(steps=args.steps, log_every=min(100, args.steps),
                       checkpoint_every=args.steps)
   config.optim.warmup = min(100, args.steps)
@@ -106,8 +107,8 @@ def main() -> None:
   parser.add_argument("--limit", type=int, default=0)
   parser.add_argument("--data", default="data")
   args = parser.parse_args()
-  prepare.prepare(args.data, ["easy_vqa", "pydoc"], recipes.load("configs/quickstart.py")
-                  .llm.vocab_size)
+  words = recipes.load("configs/quickstart.py").llm.vocab_size
+  prepare.prepare(args.data, ["easy_vqa", "openmoji", "pydoc"], words)
   rows, seconds, made = {}, {}, forms(args)
   with tempfile.TemporaryDirectory() as folder:
     for name, config in made.items():

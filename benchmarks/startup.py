@@ -42,7 +42,7 @@ def main() -> None:
   from vlm_jax.data import prepare
 
   config = quickstart.get_config()
-  prepare.prepare(config.data.root, ["easy_vqa", "pydoc"], config.llm.vocab_size)
+  prepare.prepare(config.data.root, ["easy_vqa", "openmoji", "pydoc"], config.llm.vocab_size)
   with tempfile.TemporaryDirectory() as name:
     first, second = (start(Path(name), number) for number in (1, 2))
   result = {"first_seconds": first, "second_seconds": second, "share": second / first}

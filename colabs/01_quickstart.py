@@ -48,7 +48,7 @@ from vlm_jax.cli import config as recipes
 from vlm_jax.data import inspect, pipeline, prepare
 
 config = recipes.load(RECIPE)
-prepare.prepare(config.data.root, ["easy_vqa", "pydoc"], config.llm.vocab_size)
+prepare.prepare(config.data.root, ["easy_vqa", "openmoji", "pydoc"], config.llm.vocab_size)
 loader = pipeline.make(config)
 batch, info = next(loader)
 loader.close()

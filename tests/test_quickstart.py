@@ -11,8 +11,10 @@ from vlm_jax.cli import quickstart as command
 from vlm_jax.configs import quickstart as recipe
 from vlm_jax.core.errors import DataError, UsageError
 
-KEYS = ["seconds", "easy_vqa", "easy_vqa_blind", "easy_vqa_shuffled", "text_ppl_mixed",
-        "text_ppl_text_only", "tokens_per_second", "token_fill", "image_fill", "workdir"]
+KEYS = ["seconds", "easy_vqa", "easy_vqa_blind", "easy_vqa_shuffled", "openmoji",
+        "openmoji_interval", "openmoji_blind", "openmoji_blind_interval", "openmoji_cider",
+        "text_ppl_mixed", "text_ppl_text_only", "tokens_per_second", "token_fill", "image_fill",
+        "workdir"]
 
 
 class Trainer:
@@ -31,7 +33,10 @@ class Trainer:
     rows.append({"step": 2, "compile_seconds": 3.0})
     (workdir / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     accuracy = {"mixed": 0.98, "blind": self.blind, "text_only": None}[workdir.name]
-    return {"eval/easy_vqa/accuracy": accuracy, "eval/easy_vqa/shuffled/accuracy": 0.59,
+    choices = {"mixed": 0.4, "blind": 0.25, "text_only": None}[workdir.name]
+    return {"eval/openmoji/accuracy": choices, "eval/openmoji/low": 0.2,
+            "eval/openmoji/high": 0.5, "eval/openmoji_captions/cider": 0.1,
+            "eval/easy_vqa/accuracy": accuracy, "eval/easy_vqa/shuffled/accuracy": 0.59,
             "eval/text/perplexity": 40.0}
 
 
@@ -55,6 +60,8 @@ def test_the_last_line_has_the_promised_keys(trainer, capsys):
   line = json.loads(out.strip().splitlines()[-1])
   assert list(line) == KEYS and f"report: {line['workdir']}/mixed/report.html" in out
   assert line["easy_vqa"] == 0.98 and line["easy_vqa_blind"] == 0.6
+  assert line["openmoji"] == 0.4 and line["openmoji_blind"] == 0.25
+  assert line["openmoji_interval"] == line["openmoji_blind_interval"] == [0.2, 0.5]
   assert line["tokens_per_second"] == 200.0 and line["token_fill"] == 0.9
   parts = dict(trainer.trained)
   assert list(parts) == ["mixed", "blind", "text_only"]
@@ -106,26 +113,26 @@ def test_recipe_argument(spec, path, arg):
 def test_recipe_words():
   with pytest.raises(UsageError, match="no argument 'debgu'; did you mean 'debug'"):
     recipe.get_config("debgu")
-  assert set(recipe.get_config("image_only").data.sources) == {"captions", "easy_vqa"}
+  with pytest.raises(UsageError, match="'blind,text_only' asks for two controls at once"):
+    recipe.get_config("blind,text_only")
   for name in ("quickstart", "llava"):
     for word in ("", *recipe.WORDS):
       recipes.load(f"configs/{name}.py:{word}")
 
 
-@pytest.mark.parametrize("words, sources, evals", [
-  ("openmoji", {"captions", "easy_vqa", "openmoji", "openmoji_captions", "pydoc"},
-   {"easy_vqa", "openmoji", "text"}),
+@pytest.mark.parametrize("word, sources, evals", [
+  ("", {"captions", "easy_vqa", "openmoji", "pydoc"},
+   {"easy_vqa", "openmoji", "openmoji_captions", "text"}),
   ("blind", {"easy_vqa", "openmoji", "pydoc"}, {"easy_vqa", "openmoji", "text"}),
   ("text_only", {"pydoc"}, {"text"}),
-  ("image_only", {"captions", "easy_vqa", "openmoji", "openmoji_captions"},
-   {"easy_vqa", "openmoji"}),
+  ("image_only", {"captions", "easy_vqa", "openmoji"},
+   {"easy_vqa", "openmoji", "openmoji_captions"}),
 ])
-def test_openmoji_goes_with_the_other_words(words, sources, evals):
-  both = [recipe.get_config(f"openmoji,{words}"), recipe.get_config(f"{words},openmoji")]
+def test_controls_see_what_they_say(word, sources, evals):
+  config = recipe.get_config(word)
+  both = [recipe.get_config(f"debug,{word}"), recipe.get_config(f"{word},debug")]
   assert both[0].to_json() == both[1].to_json()
-  config = both[0]
   assert set(config.data.sources) == sources and set(config.evals) == evals
-  assert config.data.root != recipe.get_config(words.replace("openmoji", "")).data.root
   shown = {entry.images for name, entry in config.data.sources.items() if name != "pydoc"}
-  shown |= {entry.images for entry in config.evals.values() if entry.kind == "vqa"}
-  assert shown <= ({"none"} if words == "blind" else {"real"})
+  shown |= {entry.images for name, entry in config.evals.items() if name != "text"}
+  assert shown <= ({"none"} if word == "blind" else {"real"})

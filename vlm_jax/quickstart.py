@@ -43,9 +43,10 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
 
   Returns:
     seconds (wall clock; of a resumed part since its last start), easy_vqa, easy_vqa_blind and
-    easy_vqa_shuffled (accuracies in [0, 1]), text_ppl_mixed and text_ppl_text_only (perplexity per
-    token), tokens_per_second (useful ones), token_fill and image_fill (shares of slots in use),
-    workdir.
+    easy_vqa_shuffled, openmoji and openmoji_blind (accuracies in [0, 1]), openmoji_interval and
+    openmoji_blind_interval (their 95% intervals), openmoji_cider (of captions), text_ppl_mixed and
+    text_ppl_text_only (perplexity per token), tokens_per_second (useful ones), token_fill and
+    image_fill (shares of slots in use), workdir.
 
   Raises:
     DataError: the blind control answers better than the questions allow.
@@ -74,6 +75,11 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
     "easy_vqa": rows["mixed"]["eval/easy_vqa/accuracy"],
     "easy_vqa_blind": rows["blind"]["eval/easy_vqa/accuracy"],
     "easy_vqa_shuffled": rows["mixed"]["eval/easy_vqa/shuffled/accuracy"],
+    "openmoji": rows["mixed"]["eval/openmoji/accuracy"],
+    "openmoji_interval": interval(rows["mixed"]),
+    "openmoji_blind": rows["blind"]["eval/openmoji/accuracy"],
+    "openmoji_blind_interval": interval(rows["blind"]),
+    "openmoji_cider": rows["mixed"]["eval/openmoji_captions/cider"],
     "text_ppl_mixed": rows["mixed"]["eval/text/perplexity"],
     "text_ppl_text_only": rows["text_only"]["eval/text/perplexity"],
     "tokens_per_second": round(mean("tokens/text/second"), 1),
@@ -84,6 +90,11 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
   log(f"report: {page.write(path / 'mixed', outside=mixed.outside)}")
   check(result)
   return result
+
+
+def interval(row: dict[str, Any]) -> list[float]:
+  """The 95% interval of the choices among OpenMoji drawings."""
+  return [row["eval/openmoji/low"], row["eval/openmoji/high"]]
 
 
 def check(result: dict[str, Any]) -> None:

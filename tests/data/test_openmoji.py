@@ -89,49 +89,60 @@ def test_different_things_are_different_families(splits):
   assert len(set(found)) == len(found) > 9
 
 
-def test_choices(splits):
-  places = collections.Counter()
+def test_every_list_is_asked_about_each_of_its_four_pictures(splits):
   for items in splits.values():
     by_name = {record["name"]: record for record in items}
-    for record in items:
-      for kind, others in (("far", record["far"]), ("near", record["near"])):
+    for kind in ("far", "near"):
+      asked = collections.Counter(tuple(names) for record in items for names in record[kind])
+      assert set(asked.values()) == {openmoji.OPTIONS} and len(asked) == len(items)
+      places = collections.Counter()
+      for record in items:
+        for names in record[kind]:
+          places[names.index(record["name"])] += 1
+      assert set(places.values()) == {len(items)}, "the place tells"
+      for names in asked:
         # Everything to choose from is of the same split.
-        options = [by_name[name] for name in others]
-        assert len({record["name"], *others}) == openmoji.OPTIONS
-        groups = {option["group"] for option in options}
-        if kind == "near":
-          assert groups == {record["group"]}
-        else:
-          assert record["group"] not in groups
-        if record["group"] != "flags":
-          assert record["family"] not in {option["family"] for option in options}
-          assert len({option["family"] for option in options}) == 3
-        asked = openmoji.question(record, others)
-        order = sorted([record["name"], *others], key=asked.index)
-        places[order.index(record["name"])] += 1
-  total = sum(places.values())
-  assert all(0.22 < places[place] / total < 0.28 for place in range(4)), "the place tells"
+        options = [by_name[name] for name in names]
+        assert len(set(names)) == openmoji.OPTIONS
+        assert len({option["group"] for option in options}) == (4 if kind == "far" else 1)
+        if options[0]["group"] != "flags":
+          assert len({option["family"] for option in options}) == openmoji.OPTIONS
 
 
-def test_a_name_is_the_answer_as_often_as_its_split_allows(splits):
-  # Whoever always prefers the name most often right would do no better than a guess.
-  offered = collections.Counter(name for r in splits["train"] for name in r["far"])
-  assert max(offered.values()) < 20 and len(offered) > 1000
+def test_whoever_sees_no_picture_is_right_once_in_four(splits):
+  preferred = {record["name"]: hash(record["name"]) for record in splits["test"]}
+  for kind in ("far", "near"):
+    right = [max(names, key=preferred.get) == record["name"]
+             for record in splits["test"] for names in record[kind]]
+    assert np.mean(right) == 1 / openmoji.OPTIONS and len(right) == 756
 
 
 def test_forms(splits):
   record = splits["test"][0]
-  caption, choice, near = (openmoji.parts(record, form)[0] for form in openmoji.FORMS)
-  assert isinstance(caption[0], Image) and caption[0].data == record["image"]
-  assert (caption[1].text, caption[1].role, caption[1].loss) == (record["name"], "text", True)
-  for parts in (choice, near):
-    asked, answer = parts[1:]
-    assert asked.role == "user" and not asked.loss and asked.text.startswith("Which is it: ")
-    assert answer.text == record["name"] and answer.role == "assistant" and answer.loss
-    assert asked.text.count(record["name"]) == 1
-  assert choice[1].text != near[1].text
-  assert openmoji.parts(record | {"near": []}, "choice_near") == []
-  assert set(openmoji.texts(record)) == {record["name"], choice[1].text, near[1].text}
+  name = record["name"]
+  documents = {form: openmoji.parts(record, form) for form in openmoji.FORMS}
+  assert {form: len(found) for form, found in documents.items()} == {
+    "fan_out": len(record["far"]), "choice": len(record["far"]), "single": len(record["far"]),
+    "choice_near": len(record["near"]), "caption": 1}
+  for parts in (found[0] for found in documents.values()):
+    assert isinstance(parts[0], Image) and parts[0].data == record["image"]
+  caption = documents["caption"][0][1]
+  assert (caption.text, caption.role, caption.loss) == (name, "text", True)
+  asked, answer = documents["single"][0][1:]
+  assert asked.role == "user" and asked.text == openmoji.listed(record["far"][0])
+  assert asked.text.count(name) == 1 and answer.text == name and answer.loss
+  _, first, *turns = documents["fan_out"][0]
+  assert (first.text, first.role, first.branch) == (name, "text", 1)
+  assert [part.branch for part in turns] == [2, 2, 3, 3, 4, 4, 5, 5]
+  for question, answer in zip(turns[::2], turns[1::2], strict=True):
+    assert answer.loss and answer.text == ("yes" if question.text == f"{name}?" else "no")
+  for form, lists in (("choice", record["far"]), ("choice_near", record["near"])):
+    for parts, names in zip(documents[form], lists, strict=True):
+      questions, answers = parts[1::2], parts[2::2]
+      assert [part.text for part in questions] == [openmoji.about(one) for one in names]
+      assert [part.text for part in answers] == ["yes"] * openmoji.OPTIONS
+      assert [one for one, part in zip(names, answers, strict=True) if part.loss] == [name]
+  assert {name, asked.text, openmoji.about(name)} <= set(openmoji.texts(record))
 
 
 def test_groups():
@@ -171,17 +182,17 @@ def test_transparent_pictures_take_the_background(splits):
 
 def test_the_quickstarts_mix(splits, tmp_path, monkeypatch):
   monkeypatch.setattr(openmoji, "prepare", lambda: splits)
-  config = quickstart.get_config("openmoji")
+  config = quickstart.get_config()
   config.data.root, config.data.prefetch = str(tmp_path), 0
   sources = sorted({entry.name for entry in config.data.sources.values()})
   prepare.prepare(config.data.root, sources, config.llm.vocab_size, log=lambda line: None)
   batch, info = next(pipeline.make(config))
   count = info["documents"]
-  assert count["openmoji"] == count["openmoji_captions"] == count["easy_vqa"] > 0
-  assert count["captions"] == 2 * count["openmoji"] and info["fill"]["text"] > 0.7
+  assert count["openmoji"] == 3 * count["easy_vqa"] > 0 == count["captions"] - 2 * count["pydoc"]
+  assert info["fill"]["text"] > 0.7
   assert batch["media/images/values"].std() > 10
   asked = pipeline.documents(config, "openmoji", "test", "choice")
-  assert len(asked) == 189 and asked[0].parts[1].text.startswith("Which is it: ")
+  assert len(asked) == 756 and asked[0].parts[1].text.endswith("?")
   longest = max(len(pipeline.load_tokenizer(config).encode(record["name"]))
                 for record in splits["test"])
-  assert longest < config.evals.openmoji.max_tokens
+  assert longest < config.evals.openmoji_captions.max_tokens

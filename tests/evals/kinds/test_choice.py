@@ -139,3 +139,13 @@ def test_what_is_no_choice_is_refused(setup):
   config = changed(setup[0], options="letter")
   with pytest.raises(UsageError, match="did you mean 'letters'"):
     choice.run(config, setup[1], config.evals.look, "test")
+
+
+def test_options_that_are_questions_of_their_own():
+  turns = lambda k, word, loss: (Text(f"Is it: {word}?", "user", branch=k),
+                                 Text("yes", "assistant", loss=loss, branch=k))
+  document = Document((Image(b""), *turns(1, "lion", False), *turns(2, "taxi", True)), "x", "key")
+  found = choice.read(document)
+  assert found.options == ("Is it: lion? yes", "Is it: taxi? yes") and found.right == 1
+  with pytest.raises(UsageError, match="document key asks no one question.*'text'"):
+    choice.rotate(document, found, 1)

