@@ -17,7 +17,7 @@ from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.mlp import MLP, GatedMLP, activation
 from vlm_jax.nn.norms import FrozenNorm, GroupNorm, LayerNorm, RMSNorm
 from vlm_jax.nn.relative import GridBias, relations
-from vlm_jax.ops.rope import rotation
+from vlm_jax.ops.rope import rotation, sequence
 
 F32 = Precision()
 BF16 = Precision(jnp.float32, jnp.bfloat16)
@@ -160,7 +160,7 @@ def test_rotary_attention_sees_only_distances():
   x = draw(1, 6, 16)
   module = Attention(4, 2, 4, False, "dense", F32)
   at = lambda positions: make_context(causal(1, 6), positions, (8, 8))
-  run = lambda shift, step=1: at(rotation(jnp.arange(6)[None] * step + shift, 4, 100.0))
+  run = lambda shift, step=1: at(rotation(jnp.arange(6)[None] * step + shift, sequence(4, 100.0)))
   params = noise(module, x, None, run(0))
   out = lambda context: jax.jit(module.apply)(params, x, None, context)[0]
   np.testing.assert_allclose(out(run(0)), out(run(9)), atol=2e-4)

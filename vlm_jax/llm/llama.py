@@ -17,7 +17,7 @@ from vlm_jax.nn.attention import Attention, Columns, Context, make_context
 from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.mlp import GatedMLP
 from vlm_jax.nn.norms import RMSNorm
-from vlm_jax.ops.rope import rotation
+from vlm_jax.ops.rope import rotation, sequence
 
 KIND = "decoder"
 
@@ -171,7 +171,7 @@ class Model(nn.Module):
       ValueError: a cache with a mask that has no k_index for its columns.
     """
     blocks = (self.attention.block_q, self.attention.block_k)
-    turn = rotation(positions, head_dim(self.config), self.config.rope_theta)
+    turn = rotation(positions, sequence(head_dim(self.config), self.config.rope_theta))
     if cache is None:
       context, columns = make_context(mask, turn, blocks), None
     else:

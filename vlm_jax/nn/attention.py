@@ -9,6 +9,7 @@ from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import Linear
+from vlm_jax.nn.norms import qk_norm
 from vlm_jax.ops.attention import AttentionPlan, attention, make_plan
 from vlm_jax.ops.rope import Rotation, rotate
 
@@ -78,6 +79,9 @@ class Projections(nn.Module):
     bias: whether the four projections have biases.
     implementation: see `ops.attention`.
     precision: dtypes.
+    qk_norm: how queries and keys are normalised before they turn, a name of `norms.QK_NORMS`; None:
+      not at all.
+    qk_norm_eps: of that norm.
   """
 
   heads: int
@@ -86,13 +90,20 @@ class Projections(nn.Module):
   bias: bool
   implementation: str
   precision: Precision
+  qk_norm: str | None = None
+  qk_norm_eps: float = 1e-6
 
   def _query(self, x: Array) -> Array:
-    return self._project(x, self.heads, "heads", "query")
+    return self._normed(self._project(x, self.heads, "heads", "query"), "query_norm")
 
   def _keys_and_values(self, x: Array) -> Columns:
     project = lambda name: self._project(x, self.groups, "kv_heads", name)
-    return project("key"), project("value")
+    return self._normed(project("key"), "key_norm"), project("value")
+
+  def _normed(self, x: Array, name: str) -> Array:
+    if self.qk_norm is None:
+      return x
+    return qk_norm(self.qk_norm, self.qk_norm_eps, self.precision, name)(x)
 
   def _project(self, x: Array, size: int, axis: str, name: str) -> Array:
     shape, axes = (size, self.head_dim), ("embed", axis, "head")

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from vlm_jax.nn.attention import Attention
-from vlm_jax.nn.linear import Linear
 from vlm_jax.ops.attention import dense
 from vlm_jax.ops.rope import rotate
 
@@ -35,8 +34,9 @@ def record(run: Callable[..., Any], *arguments: Any, under: str) -> list[np.ndar
     module = method.module
     if method.method_name != "__call__":
       return call(*args, **kwargs)
-    if made and isinstance(module, Linear) and module.name in ("query", "key"):
-      made[-1][module.name] = out = call(*args, **kwargs)
+    part = (module.name or "").removesuffix("_norm")  # a norm of queries or keys comes after them
+    if made and part in ("query", "key"):
+      made[-1][part] = out = call(*args, **kwargs)
       return out
     if not isinstance(module, Attention) or module.path[0] != under:
       return call(*args, **kwargs)

@@ -1,12 +1,15 @@
 """Normalisation; statistics are f32 whatever the compute dtype is."""
 
+import functools
 import math
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import FROZEN
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
@@ -14,39 +17,76 @@ from vlm_jax.nn.linear import parameter
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale (arXiv:1910.07467); cast to the compute dtype before the scale, as Llama."""
+  """x / rms(x) * scale (arXiv:1910.07467); cast to the compute dtype before the scale, as Llama.
+
+  Attributes:
+    eps: added to the mean square.
+    precision: dtypes.
+    scaled: how many trailing axes have a scale an entry; 2: every head f[...,H,C] has its own.
+  """
 
   eps: float
   precision: Precision
+  scaled: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """f[..., D] to f[..., D] in the compute dtype."""
-    scale = parameter(
-      self, "scale", initializers.ones, x.shape[-1:], ("norm",), self.precision.param
-    )
+    shape, axes = x.shape[-self.scaled :], ("norm",) * self.scaled
+    scale = parameter(self, "scale", initializers.ones, shape, axes, self.precision.param)
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
     return x.astype(self.precision.compute) * scale.astype(self.precision.compute)
 
 
 class LayerNorm(nn.Module):
-  """(x - mean) / std * scale + bias (arXiv:1607.06450), all in f32, then the compute dtype."""
+  """(x - mean) / std * scale + bias (arXiv:1607.06450), all in f32, then the compute dtype.
+
+  Attributes:
+    eps, precision, scaled: as `RMSNorm`; mean and variance are of the last axis always.
+  """
 
   eps: float
   precision: Precision
+  scaled: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """f[..., D] to f[..., D] in the compute dtype."""
-    shape, dtype = x.shape[-1:], self.precision.param
-    scale = parameter(self, "scale", initializers.ones, shape, ("norm",), dtype)
-    bias = parameter(self, "bias", initializers.zeros, shape, ("norm",), dtype)
+    shape, dtype = x.shape[-self.scaled :], self.precision.param
+    axes = ("norm",) * self.scaled
+    scale = parameter(self, "scale", initializers.ones, shape, axes, dtype)
+    bias = parameter(self, "bias", initializers.zeros, shape, axes, dtype)
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
     x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
     return x.astype(self.precision.compute)
+
+
+# QK-norm (arXiv:2302.05442, section 2): queries and keys f[B,T,H,C] are normalised over C, before
+# they are rotated, which bounds the logits whatever the projections grow to.
+QK_NORMS = MappingProxyType({
+  "rms": RMSNorm,  # one scale for all heads: Qwen3
+  "layer": LayerNorm,  # one scale and bias for all heads: Persimmon (Fuyu)
+  "layer_per_head": functools.partial(LayerNorm, scaled=2),  # of every head its own: Chameleon
+})
+
+
+def qk_norm(kind: str, eps: float, precision: Precision, name: str) -> nn.Module:
+  """The norm of queries or of keys, f[B,T,H,C] to the same in the compute dtype.
+
+  Args:
+    kind: a name of `QK_NORMS`.
+    eps, precision: of the norm.
+    name: of the module.
+
+  Raises:
+    UsageError: an unknown kind.
+  """
+  if kind not in QK_NORMS:
+    raise UsageError(f"config: qk_norm is '{kind}'; {nearest(kind, QK_NORMS)}")
+  return QK_NORMS[kind](eps=eps, precision=precision, name=name)
 
 
 class GroupNorm(nn.Module):

@@ -4,110 +4,126 @@ In most batches few slots are predicted (images, prompts and padding are not): t
 of their rows, and a loop as long as the fullest row needs takes them through the vocabulary.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from vlm_jax.core.typing import Array
 from vlm_jax.ops.gather import invert, take_rows
+from vlm_jax.ops.vocabulary import Form, log_likelihoods, placement
 
-CHUNK = 2048  # slots whose logits are held at a time
+CHUNK = (2048, 2048)  # slots and columns of the head whose logits a device holds at a time
 
 
-def token_log_likelihoods(
-  hidden: Array, head: Array, targets: Array, wanted: Array, chunk: int = CHUNK
-) -> Array:
-  """log p(target) of the wanted slots, exactly 0 elsewhere.
+class TokenLosses(NamedTuple):
+  """Losses of single slots, exactly 0 where none was wanted.
+
+  Attributes:
+    cross_entropy: f32[B,T], -log p(target), smoothed if asked for.
+    z: f32[B,T], (log Z)^2 with Z the sum of exp(logits) (arXiv:2204.02311, section 5): it keeps
+      logits from drifting. Its coefficient is the caller's, who adds it as an objective of its own.
+  """
+
+  cross_entropy: Array
+  z: Array
+
+
+def token_losses(
+  hidden: Array,
+  head: Array,
+  targets: Array,
+  wanted: Array,
+  *,
+  soft_cap: float | None = None,
+  smoothing: float = 0.0,
+  chunk: tuple[int, int] = CHUNK,
+) -> TokenLosses:
+  """The losses of the wanted slots.
 
   Args:
     hidden: f[B,T,D].
     head: f[D,V].
     targets: i32[B,T].
     wanted: bool[B,T]; other slots cost nothing, and get gradient 0.
-    chunk: slots whose f32 logits are held at a time; the backward pass recomputes them.
+    soft_cap: logits are soft_cap * tanh(logits / soft_cap); None: as they are.
+    smoothing: s of label smoothing: the target has 1 - s + s / V of the distribution that p is
+      held against, every other token s / V.
+    chunk: slots (of all rows together) and columns of the head whose f32 logits are held at a time;
+      the backward pass computes them again.
 
-  Returns:
-    f32[B,T].
+  Raises:
+    ValueError: shapes that do not fit, a soft cap that is not positive, smoothing outside [0, 1).
   """
+  _check(hidden, head, targets, wanted, soft_cap, smoothing)
   batch, length, _ = hidden.shape
-  size = max(1, min(length, chunk // batch))  # of one row: sharded rows stay on their devices
+  rows = batch // placement(hidden.shape, head.shape).ways  # of one device
+  size = max(1, min(length, chunk[0] // rows))  # of one row: sharded rows stay on their devices
   wanted = wanted.astype(jnp.int32)
   place = jnp.where(wanted > 0, wanted.cumsum(axis=1) - 1, -1)
   order = invert(place, length + -length % size)
   compact = take_rows(hidden, order)
   chosen = take_rows(targets[..., None], order)[..., 0]
-  chunks = -(-wanted.sum(axis=1).max() // size)
-  values = _log_likelihoods(compact, head.astype(hidden.dtype), chosen, chunks, size)
-  return take_rows(values[..., None], place)[..., 0]
+  form = Form(soft_cap, smoothing, size, chunk[1])
+  values, norms = log_likelihoods(compact, head, chosen, wanted.sum(axis=1), form)
+  back = take_rows(jnp.stack([values, norms], axis=-1), place)
+  return TokenLosses(-back[..., 0], jnp.square(back[..., 1]))
 
 
-def _cut(x: Array, number: Array, size: int) -> Array:
-  """Chunk `number` of x [B,T,...] along T."""
-  return lax.dynamic_slice_in_dim(x, number * size, size, axis=1)
+def _check(hidden, head, targets, wanted, soft_cap, smoothing) -> None:
+  if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
+    raise ValueError(f"losses: hidden is [B,T,D] and head [D,V], got {hidden.shape} and "
+                     f"{head.shape}")
+  for name, array in (("targets", targets), ("wanted", wanted)):
+    if array.shape != hidden.shape[:2]:
+      raise ValueError(f"losses: {name} [B,T] must be {hidden.shape[:2]}, got {array.shape}")
+  if soft_cap is not None and soft_cap <= 0:
+    raise ValueError(f"losses: soft_cap must be positive, or None for none; got {soft_cap}")
+  if not 0 <= smoothing < 1:
+    raise ValueError(f"losses: smoothing must be in [0, 1), got {smoothing}")
 
 
-def _put(x: Array, part: Array, number: Array, size: int) -> Array:
-  """x with chunk `number` replaced."""
-  return lax.dynamic_update_slice_in_dim(x, part, number * size, axis=1)
-
-
-def _logits(hidden: Array, head: Array) -> Array:
-  return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-
-
-def _is_target(logits: Array, targets: Array) -> Array:
-  """bool[B,T,V]; compared rather than gathered, so a sharded vocabulary stays sharded."""
-  return lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _log_likelihoods(hidden, head, targets, chunks, size):
-  return _forward(hidden, head, targets, chunks, size)[0]
-
-
-def _forward(hidden, head, targets, chunks, size):
-  """log p(target) of the first `chunks` chunks, 0 behind them; what the backward pass needs."""
-
-  def step(number, carry):
-    values, norms = carry
-    logits = _logits(_cut(hidden, number, size), head)
-    norm = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.where(_is_target(logits, _cut(targets, number, size)), logits, 0).sum(-1)
-    return _put(values, picked - norm, number, size), _put(norms, norm, number, size)
-
-  zeros = jnp.zeros(targets.shape, jnp.float32)
-  values, norms = lax.fori_loop(0, chunks, step, (zeros, zeros))
-  return values, (hidden, head, targets, chunks, norms)
-
-
-def _backward(size, residuals, grad):
-  hidden, head, targets, chunks, norms = residuals
-
-  def step(number, carry):
-    grad_hidden, grad_head = carry
-    part = _cut(hidden, number, size)
-    logits = _logits(part, head)
-    p = jnp.exp(logits - _cut(norms, number, size)[..., None])
-    grad_logits = (_is_target(logits, _cut(targets, number, size)) - p)
-    grad_logits = (grad_logits * _cut(grad, number, size)[..., None]).astype(head.dtype)
-    grad_part = jnp.einsum("btv,dv->btd", grad_logits, head).astype(hidden.dtype)
-    grad_head += jnp.einsum("btd,btv->dv", part, grad_logits, preferred_element_type=jnp.float32)
-    return _put(grad_hidden, grad_part, number, size), grad_head
-
-  start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
-  grad_hidden, grad_head = lax.fori_loop(0, chunks, step, start)
-  return grad_hidden, grad_head.astype(head.dtype), None, None
-
-
-_log_likelihoods.defvjp(_forward, _backward)
+def token_log_likelihoods(
+  hidden: Array,
+  head: Array,
+  targets: Array,
+  wanted: Array,
+  *,
+  soft_cap: float | None = None,
+  chunk: tuple[int, int] = CHUNK,
+) -> Array:
+  """log p(target) of the wanted slots, exactly 0 elsewhere, f32[B,T]; see `token_losses`."""
+  losses = token_losses(hidden, head, targets, wanted, soft_cap=soft_cap, chunk=chunk)
+  return -losses.cross_entropy
 
 
 def source_sums(values: Array, source_ids: Array, num_sources: int) -> Array:
   """f32[sources], the sum of `values` f[B,T] over the slots of each source."""
   one_hot = jax.nn.one_hot(source_ids, num_sources, dtype=jnp.float32)
   return jnp.einsum("bt,bts->s", values.astype(jnp.float32), one_hot)
+
+
+def loss_sums(
+  hidden: Array,
+  head: Array,
+  targets: Array,
+  weights: Array,
+  source_ids: Array,
+  num_sources: int,
+  **options,
+) -> TokenLosses:
+  """The weighted sums of the slots of each source, both losses f32[sources].
+
+  Args:
+    hidden: f[B,T,D].
+    head: f[D,V].
+    targets, source_ids: i32[B,T].
+    weights: f32[B,T]; 0 leaves a slot out, exactly: it costs nothing and its gradient is 0.
+    num_sources: how many sources the mix has.
+    options: soft_cap, smoothing and chunk of `token_losses`.
+  """
+  losses = token_losses(hidden, head, targets, weights > 0, **options)
+  return TokenLosses(*(source_sums(x * weights, source_ids, num_sources) for x in losses))
 
 
 def cross_entropy_sums(
@@ -117,17 +133,9 @@ def cross_entropy_sums(
   weights: Array,
   source_ids: Array,
   num_sources: int,
-  chunk: int = CHUNK,
+  **options,
 ) -> Array:
-  """f32[sources], the weighted sum of -log p(target) over the slots of each source.
-
-  Args:
-    hidden: f[B,T,D].
-    head: f[D,V].
-    targets, source_ids: i32[B,T].
-    weights: f32[B,T]; 0 leaves a slot out, exactly: it costs nothing and its gradient is 0.
-    num_sources: how many sources the mix has.
-    chunk: see `token_log_likelihoods`.
-  """
-  losses = -token_log_likelihoods(hidden, head, targets, weights > 0, chunk)
-  return source_sums(losses * weights, source_ids, num_sources)
+  """f32[sources], the first of `loss_sums` for strategies without a z-loss; same arguments."""
+  return loss_sums(
+    hidden, head, targets, weights, source_ids, num_sources, **options
+  ).cross_entropy
