@@ -122,8 +122,8 @@ def test_forms(splits):
   name = record["name"]
   documents = {form: openmoji.parts(record, form) for form in openmoji.FORMS}
   assert {form: len(found) for form, found in documents.items()} == {
-    "fan_out": len(record["far"]), "choice": len(record["far"]), "single": len(record["far"]),
-    "choice_near": len(record["near"]), "caption": 1}
+    "fan_out": -(-len(record["far"]) // openmoji.TOGETHER), "choice": len(record["far"]),
+    "choice_near": len(record["near"]), "single": len(record["far"]), "caption": 1}
   for parts in (found[0] for found in documents.values()):
     assert isinstance(parts[0], Image) and parts[0].data == record["image"]
   caption = documents["caption"][0][1]
@@ -131,9 +131,10 @@ def test_forms(splits):
   asked, answer = documents["single"][0][1:]
   assert asked.role == "user" and asked.text == openmoji.listed(record["far"][0])
   assert asked.text.count(name) == 1 and answer.text == name and answer.loss
-  _, first, *turns = documents["fan_out"][0]
-  assert (first.text, first.role, first.branch) == (name, "text", 1)
-  assert [part.branch for part in turns] == [2, 2, 3, 3, 4, 4, 5, 5]
+  turns = documents["fan_out"][0][1:]
+  assert [part.branch for part in turns] == [k for k in range(1, 9) for _ in range(2)]
+  asked_about = [question.text for question in turns[::2]]
+  assert asked_about == [openmoji.about(one) for names in record["far"][:2] for one in names]
   for question, answer in zip(turns[::2], turns[1::2], strict=True):
     assert answer.loss and answer.text == ("yes" if question.text == f"{name}?" else "no")
   for form, lists in (("choice", record["far"]), ("choice_near", record["near"])):
@@ -188,7 +189,8 @@ def test_the_quickstarts_mix(splits, tmp_path, monkeypatch):
   prepare.prepare(config.data.root, sources, config.llm.vocab_size, log=lambda line: None)
   batch, info = next(pipeline.make(config))
   count = info["documents"]
-  assert count["openmoji"] == 3 * count["easy_vqa"] > 0 == count["captions"] - 2 * count["pydoc"]
+  cycles = count["easy_vqa"]
+  assert cycles > 1 and count["openmoji"] == count["captions"] == 2 * cycles
   assert info["fill"]["text"] > 0.7
   assert batch["media/images/values"].std() > 10
   asked = pipeline.documents(config, "openmoji", "test", "choice")
