@@ -137,7 +137,7 @@ OFFERS = {
   "fusion": ("Model", "STAGES", "STREAM", "axes", "fields", "rows", "layout", "losses", "weights"),
   "tower": ("Model", "grid"),
   "connector": ("Model", "slots"),
-  "llm": ("Model", "KIND", "supports"),
+  "llm": ("Model", "KIND", "RUNS", "supports"),
 }
 
 
