@@ -94,10 +94,10 @@ def test_a_conversation_is_read_up_to_its_last_question(setup, asked, tmp_path):
   assert asked[0].prompt == "why?" and rows["one"]["prediction"] == rows["r0"]["prediction"]
   assert rows["one"]["log_prob"] == pytest.approx(rows["r0"]["log_prob"], abs=1e-3)
   assert rows["more"]["question"] == "why?" and len({row["log_prob"] for row in rows.values()}) > 2
-  # By hand: the turns, then the bare mark of the answer.
+  # By hand: the turns, earlier answers learned as in training (a mask may end there), a bare mark.
   config, params = setup
-  document = Document((Image(png(0, 16)), Text("why?", "user"), Text("so it is", "assistant"),
-                       Text("why?", "user"), Text("", "assistant")), "", "other")
+  turns = (Text("why?", "user"), Text("so it is", "assistant", loss=True), Text("why?", "user"))
+  document = Document((Image(png(0, 16)), *turns, Text("", "assistant")), "", "other")
   encoded = template.encode_prompt(document, pipeline.load_tokenizer(config),
                                    pipeline.image_decoder(config))
   said = generate(config, params, stack(layouts([encoded], config), config, rows=1, bucket=64),
