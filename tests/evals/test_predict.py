@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.data.broken_source import png
+from vlm_jax import runs
 from vlm_jax.cli import main as cli
-from vlm_jax.cli import runs
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data import pipeline, template

@@ -13,7 +13,7 @@ The same command continues a file that was interrupted; answered ids are not ask
 import argparse
 import json
 
-from vlm_jax.cli import runs
+from vlm_jax import runs
 
 SUMMARY = "answer a file of prompts, into JSON lines"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax import runs
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError
 from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint_tools import FOLDER, Entry, entries
-from vlm_jax.train.workdir import load_config
 
 Evals = dict[int, dict[str, dict[str, Any]]]  # step to label to numbers
 
@@ -59,9 +59,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     DataError: a file of it is not JSON.
   """
   path = Path(workdir)
-  config = load_config(path, outside=outside)
-  if root:
-    config.data.root = root
+  config = runs.frozen(path, root, outside)
   folder = path / FOLDER
   checkpoints = entries(folder) if folder.is_dir() else []
   commands = path / "command.txt"
