@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import vlm_jax
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.evals.kinds import find_kind
 from vlm_jax.report import charts, rows, samples
@@ -20,13 +20,14 @@ from vlm_jax.report.style import CSS
 from vlm_jax.train.metrics import duration
 from vlm_jax.train.workdir import write_atomically
 
+MAPS = 2  # samples of an evaluation whose attention is drawn
 UNITS = ("questions", "tokens", "pictures", "documents")  # what evaluations count
 # Nothing may be loaded, whatever the page holds: styles are its own, pictures are data.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(workdir: str | Path, out: str | Path | None = None, *, root: str | None = None,
-          outside: bool = False) -> Path:
+          outside: bool = False, maps: int = MAPS) -> Path:
   """Writes the report of a run.
 
   Args:
@@ -34,25 +35,29 @@ def write(workdir: str | Path, out: str | Path | None = None, *, root: str | Non
     out: the file, None: `report.html` in the run directory.
     root: the prepared data, None: where the config says.
     outside: whether the config may name modules outside vlm_jax.
+    maps: samples of each evaluation whose attention is drawn, from its checkpoint; 0: none is read.
 
   Returns:
     The file.
 
   Raises:
-    UsageError: not a run directory.
+    UsageError: not a run directory, or a negative number of maps.
     DataError: a file of it is damaged.
   """
+  if maps < 0:
+    raise UsageError(f"--attention-maps is {maps}; use 0 or more")
   run = read(workdir, root, outside)
   path = Path(out) if out else run.path / "report.html"
-  write_atomically(path, render(run))
+  write_atomically(path, render(run, maps))
   return path
 
 
-def render(run: Run) -> str:
-  """The whole page."""
+def render(run: Run, maps: int = MAPS) -> str:
+  """The whole page; `maps` as in `write`."""
   parts: list[tuple[str, Callable[[Run], Html]]] = [
     ("Evaluations", evaluations), ("Training", training), ("Token budget", budget),
-    ("One packed row", rows.section), ("Samples", examples), ("Config", config),
+    ("One packed row", rows.section), ("Samples", lambda run: examples(run, maps)),
+    ("Config", config),
     ("Provenance", provenance),
   ]
   links = [tag("a", name, href=f"#{anchor(name)}") for name, _ in parts]
@@ -236,11 +241,11 @@ def budget(run: Run) -> Html:
   return Html(charts.stack(parts, classes) + tag("p", text, class_="muted"))
 
 
-def examples(run: Run) -> Html:
+def examples(run: Run, maps: int) -> Html:
   """Samples of every evaluation that asks questions."""
   parts = []
   for label, (step, numbers) in newest(run).items():
-    if found := samples.section(run, label, numbers):
+    if found := samples.section(run, label, step, numbers, maps):
       parts += [tag("h3", f"{label}, step {step:,}"), found]
   if not parts:
     return tag("p", "No evaluation has left answers to show.", class_="muted")
