@@ -38,11 +38,12 @@ def section(run: Run, label: str, step: int, numbers: dict[str, Any], maps: int)
   note = tag("p", f"Pictures are not shown: {missing}") if missing else ""
   looked, why = looks.draw(run, step, chosen, shown, maps) if maps else ({}, "")
   note += tag("p", f"Attention is not shown: {why}", class_="muted") if why else ""
-  drawn = [tag("figure", picture(image, "where the model looked"), tag("figcaption",
-               next(row["question"] for row in chosen if row["key"] == key), " Bright: a large "
-               "attention weight behind that word, a mean over layers and heads."))
+  asked = {row["key"]: row.get("question", "") for row in chosen}
+  drawn = [tag("figure", tag("div", picture(image, "where the model looked"), class_="scroll"),
+               tag("figcaption", tag("b", asked[key]), " Bright: a large attention weight behind "
+                   "that word, a mean over layers and heads."))
            for key, image in looked.items()]
-  return Html(note + tag("div", cards, class_="cards") + Html("".join(drawn)))
+  return Html(note + tag("div", cards, class_="cards") + tag("div", drawn, class_="maps"))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
