@@ -11,7 +11,7 @@ from vlm_jax.core import digest
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
 from vlm_jax.data.origin import files_of
-from vlm_jax.evals.kinds import find_kind
+from vlm_jax.evals.kinds import find_kind, measure
 from vlm_jax.evals.predictions import lines, replace
 
 
@@ -59,7 +59,7 @@ def evaluate(
       raise UsageError(f"config.evals.{name}.kind: {reason}") from error
     chosen = split or entry.split
     label = name if chosen == entry.split else f"{name}_{chosen}"
-    numbers, predictions = kind.run(config, params, entry, chosen)
+    numbers, predictions = measure(kind, config, params, entry, chosen)
     fields = json.loads(entry.to_json()) | {"split": chosen}  # what was asked, with the answer
     origin = {"step": step, "parameters": parameters,
               "files": files_of(config, entry.source, chosen)}

@@ -10,7 +10,7 @@ from tests.evals.tiny_source import CAPTIONS, RECORDS
 from vlm_jax.configs import base
 from vlm_jax.data import pipeline
 from vlm_jax.evals import asking
-from vlm_jax.evals.kinds import anls, caption, find_kind, pope, relaxed, vqa
+from vlm_jax.evals.kinds import anls, caption, find_kind, measure, pope, relaxed, vqa
 from vlm_jax.evals.metrics import captions, ptb
 from vlm_jax.generate.decode import Generated
 
@@ -63,7 +63,7 @@ def test_ten_answers_of_a_source_are_scored_officially(setup, tmp_path, monkeypa
     return Generated(tokens, lengths, lengths > 0, np.zeros(shape), np.int32(1))
 
   monkeypatch.setattr(asking, "generate", say)
-  numbers, predictions = vqa.run(config, setup[1], config.evals.look, "train")
+  numbers, predictions = measure(vqa, config, setup[1], config.evals.look, "train")
   # "two" is 2, so every one of the ten finds three others; of red's three each finds two.
   assert [row["score"] for row in predictions[""]] == pytest.approx([1, (7 * 1 + 3 * 2 / 3) / 10])
   assert [list(row["answers"]) for row in predictions[""]] == [said, said]
