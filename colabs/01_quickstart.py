@@ -80,8 +80,8 @@ import io
 
 from PIL import Image
 
-from vlm_jax.cli.runs import open_run
 from vlm_jax.generate.answer import answer
+from vlm_jax.runs import open_run
 
 config, params, step = open_run(WORKDIR)
 documents = pipeline.documents(config, "easy_vqa", "test", "single")

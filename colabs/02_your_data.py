@@ -81,8 +81,8 @@ print(f"perplexity per token of what was held out: {numbers['eval/mine/perplexit
 # %%
 from PIL import Image
 
-from vlm_jax.cli.runs import open_run
 from vlm_jax.generate.answer import answer
+from vlm_jax.runs import open_run
 
 config, params, step = open_run(WORKDIR)
 Image.new("RGB", (64, 64), "green").save("picture.png")

@@ -23,7 +23,7 @@ FLOORS = [
   ["towers", "connectors", "llm"],
   ["fusion"],
   ["convert", "generate", "evals", "train"],
-  ["configs", "report", "quickstart", "cli"],
+  ["configs", "runs", "report", "quickstart", "cli"],
 ]
 LINEN = {"nn", "towers", "connectors", "llm", "fusion"}
 FORBIDDEN = {"torch", "torchvision", "transformers", "pickle", "dill", "joblib"}
@@ -137,7 +137,7 @@ OFFERS = {
   "fusion": ("Model", "STAGES", "STREAM", "axes", "fields", "rows", "layout", "losses", "weights"),
   "tower": ("Model", "grid"),
   "connector": ("Model", "slots"),
-  "llm": ("Model", "KIND", "supports"),
+  "llm": ("Model", "KIND", "RUNS", "supports"),
 }
 
 

@@ -149,6 +149,17 @@ def test_blind_control_has_no_images(config):
   assert not batch["media/images/segment_ids"].any() and info["documents"]["easy_vqa"]
 
 
+def test_a_partner_without_a_picture_is_passed_over(config):
+  """Records that the form "caption" has nothing of are nobody's other picture."""
+  real, other = (pipeline.documents(config, "easy_vqa", "test", "caption", images=images)
+                 for images in ("real", "shuffled"))
+  records = draw.Records(config, "easy_vqa", "test", "caption")
+  assert {records.count(index) for index in range(len(records))} == {0, 1}
+  pairs = [(real[index].parts[0], other[index].parts[0]) for index in range(len(real))]
+  assert all(isinstance(part, Image) for pair in pairs for part in pair)
+  assert all(one.data != stranger.data for one, stranger in pairs)
+
+
 def test_shuffled_control_shows_another_image(config):
   real = pipeline.documents(config, "easy_vqa", "validation", "single")
   other = pipeline.documents(config, "easy_vqa", "validation", "single", images="shuffled")

@@ -62,12 +62,48 @@ def test_requests_of_every_form(tmp_path):
   assert table[2].prompt.startswith("Look up.\nWhere?\nA. here\n")
 
 
+def say(role, *content):
+  return {"role": role, "content": content[0] if len(content) == 1 else [
+    {"type": "text", "text": part} if isinstance(part, str) else
+    {"type": "image_url", "image_url": {"url": part[0]}} for part in content]}
+
+
+def test_conversations_ask_their_last_question(tmp_path):
+  url = f"data:image/png;base64,{PNG}"
+  chats = [
+    [say("user", ["x.png"], "what?"), say("assistant", "a cat")],
+    [say("user", "is", [url], "larger than", ["y.png"], "?")],
+    [say("system", "Be brief."), say("user", "hi"), say("assistant", "hello"),
+     say("user", "and", ["x.png"]), say("assistant", "a dog")],
+  ]
+  rows = [{"messages": chat} for chat in chats]
+  first, second, third = read_requests(put(tmp_path / "chat.jsonl", rows), images="/p")
+  assert (first.key, first.prompt, first.turns) == ("1", "<image>what?", ())
+  assert [str(image) for image in first.images] == ["/p/x.png"]
+  assert second.prompt == "is<image>larger than<image>?"
+  assert (second.images[0], str(second.images[1])) == (b"picture", "/p/y.png")
+  assert third.prompt == "and<image>" and len(third.images) == 1
+  assert [getattr(part, "text", "") for part in third.turns] == [
+    "Be brief.", "hi", "hello", "and", ""]
+  # LLaVA's list asks the same.
+  llava = [{"id": "l", "image": "x.png", "conversations": [
+    {"from": "human", "value": "<image>\nwhat?"},
+    {"from": "gpt", "value": "a cat"}]}]
+  one, = read_requests(put(tmp_path / "llava.json", llava), images="/p")
+  assert (one.prompt, one.images, one.key) == (first.prompt, first.images, "l")
+
+
 @pytest.mark.parametrize("name,value,sentence", [
+  ("a.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}], "record 1: wrong_record"),
+  ("a.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}], "record 1: unknown_role"),
+  ("a.json", [{"image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}]}],
+   "record 1: image_count"),
+  ("a.jsonl", [{"messages": [say("user", ["http://x.org/a.png"], "x")]}], "remote_image"),
   ("a.jsonl", [{"id": 1, "prompt": "x"}, {"id": 1, "prompt": "y"}], "has the id '1' twice"),
   ("a.jsonl", [{"prompt": "x"}], "line 1 must have an 'id'"),
   ("a.jsonl", [{"id": 1, "prompt": " "}], "line 1 asks nothing"),
   ("a.jsonl", "{", "line 1 is not JSON"), ("a.jsonl", "[]", "line 1 is not a JSON object"),
-  ("a.jsonl", "", "asks nothing"), ("a.json", {"x": 1}, "neither a VQA v2 question file nor"),
+  ("a.jsonl", "", "asks nothing"), ("a.json", {"x": 1}, "neither a list, a VQA v2 question file"),
   ("a.json", "nothing", "neither"), ("a.tsv", "index\tquestion\n1\tx\n", "line 2 must have"),
 ])
 def test_files_that_ask_nothing_usable(name, value, sentence, tmp_path):

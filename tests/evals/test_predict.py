@@ -5,11 +5,17 @@ import json
 import pytest
 
 from tests.data.broken_source import png
+from vlm_jax import runs
+from vlm_jax.cli import main as cli
+from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.data import pipeline, template
 from vlm_jax.evals.predict import predict
 from vlm_jax.evals.predictions import read
 from vlm_jax.evals.requests import Request, read_requests
 from vlm_jax.generate.answer import answer
+from vlm_jax.generate.decode import generate
+from vlm_jax.generate.prompts import layouts, stack
 
 BATCH, TOKENS = 3, 4
 
@@ -71,6 +77,55 @@ def test_a_prediction_is_the_answer_to_one_question(setup, asked, tmp_path):
     assert rows[key]["log_prob"] == pytest.approx(alone["log_prob"], abs=1e-3)
   assert rows["r0"]["prediction"] != rows["r1"]["prediction"] or (
     rows["r0"]["log_prob"] != rows["r1"]["log_prob"])
+
+
+def test_a_conversation_is_read_up_to_its_last_question(setup, asked, tmp_path):
+  """One question is the prompt it is elsewhere, and earlier turns change the answer to it."""
+  question = {"role": "user", "content": [{"type": "image", "image": "0.png"},
+                                          {"type": "text", "text": "why?"}]}
+  earlier = [question, {"role": "assistant", "content": "no"}, {"role": "user", "content": "why?"}]
+  chats = [{"id": "one", "messages": [question]}, {"id": "more", "messages": earlier},
+           {"id": "other", "messages": [question, {"role": "assistant", "content": "so it is"},
+                                        earlier[2]]}]
+  (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+  requests = read_requests(tmp_path / "chat.jsonl")
+  run(setup, [*requests, asked[0]], tmp_path / "p.jsonl")
+  rows = {row["key"]: row for row in read(tmp_path / "p.jsonl")}
+  assert asked[0].prompt == "why?" and rows["one"]["prediction"] == rows["r0"]["prediction"]
+  assert rows["one"]["log_prob"] == pytest.approx(rows["r0"]["log_prob"], abs=1e-3)
+  assert rows["more"]["question"] == "why?" and len({row["log_prob"] for row in rows.values()}) > 2
+  # By hand: the turns, earlier answers learned as in training (a mask may end there), a bare mark.
+  config, params = setup
+  turns = (Text("why?", "user"), Text("so it is", "assistant", loss=True), Text("why?", "user"))
+  document = Document((Image(png(0, 16)), *turns, Text("", "assistant")), "", "other")
+  encoded = template.encode_prompt(document, pipeline.load_tokenizer(config),
+                                   pipeline.image_decoder(config))
+  said = generate(config, params, stack(layouts([encoded], config), config, rows=1, bucket=64),
+                  max_tokens=TOKENS, stop=(pipeline.load_tokenizer(config).eos,))
+  assert rows["other"]["log_prob"] == pytest.approx(float(said.log_probs.sum()), abs=1e-3)
+  assert rows["other"]["log_prob"] != pytest.approx(rows["more"]["log_prob"], abs=0.1)
+
+
+def test_the_command_answers_conversations(setup, asked, tmp_path, capsys, monkeypatch):
+  del asked  # its pictures are there
+  monkeypatch.setattr(runs, "open_run", lambda *args: (*setup, 5))
+  rows = [{"id": "l", "image": "0.png", "conversations": [
+    {"from": "human", "value": "<image>\nwhy?"}, {"from": "gpt", "value": "no"}]}]
+  (tmp_path / "llava.json").write_text(json.dumps(rows))
+  (tmp_path / "chat.jsonl").write_text(json.dumps({"id": "m", "messages": [
+    {"role": "user", "content": [{"type": "image", "image": "0.png"},
+                                 {"type": "text", "text": "why?"}]}]}))
+  for name in ("llava.json", "chat.jsonl"):
+    assert cli.main(["predict", "--workdir=run", f"--data={tmp_path / name}", "--batch=1",
+                     f"--out={tmp_path}/out.jsonl", f"--max-tokens={TOKENS}"]) == 0
+  assert "2 predictions" not in capsys.readouterr().out  # one each, in one file
+  first, second = read(tmp_path / "out.jsonl")
+  assert (first["key"], second["key"]) == ("l", "m") and first["step"] == 5
+  assert first["prediction"] == second["prediction"]
+  (tmp_path / "bad.jsonl").write_text('{"messages": []}')
+  assert cli.main(["predict", "--workdir=run", f"--data={tmp_path}/bad.jsonl",
+                   f"--out={tmp_path}/bad.out"]) == 65
+  assert "record 1: wrong_record: messages is empty" in capsys.readouterr().err
 
 
 def test_what_cannot_be_predicted(setup, tmp_path):

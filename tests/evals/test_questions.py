@@ -18,6 +18,8 @@ def test_questions_of_every_form():
                    Text("b", "assistant", True)), "s", "talk")
   assert [(q.key, q.text, q.answers) for q in questions_of(talk)] == [("talk", "r", ("b",))]
   assert cut(talk, 1) == [talk]
+  many = Document((IMAGE, Text("q", "user"), Text("a", "assistant", answers=("a", "b"))), "s", "k")
+  assert questions_of(many)[0].answers == ("a", "b")
 
 
 def test_cut_keeps_every_question_once_and_the_trunk_always():

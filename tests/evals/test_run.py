@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests.evals.tiny_source import RECORDS
+from vlm_jax.core import digest
 from vlm_jax.core.errors import DiskError, UsageError
-from vlm_jax.data import pipeline
+from vlm_jax.data import pipeline, records
 from vlm_jax.evals import asking, run
 from vlm_jax.evals.kinds import vqa
 from vlm_jax.generate.decode import Generated
+from vlm_jax.train import checkpoint
 
 
 def changed(config, name, **fields):
@@ -90,9 +93,29 @@ def test_files(setup, tmp_path):
   assert written["evals"]["look"] == results["look"]
   assert written["evals"]["look"]["entry"]["max_tokens"] == config.evals.look.max_tokens
   assert written["evals"]["read_train"]["entry"]["split"] == "train"
+  assert (results["look"]["main"], results["look"]["unit"]) == ("accuracy", "questions")
   flat = run.in_loop(config, None)("look", params, 7)
   assert flat["shuffled/accuracy"] == 0.0 and "seconds" not in flat
   assert {name: value for name, value in run.scalars(results["look"]).items()} == flat
+
+
+def test_a_number_says_what_it_was_measured_on(setup, tmp_path):
+  config, params = setup
+  config = changed(config, "read", limit=1)
+  origin = lambda params, step=7: run.evaluate(config, params, None, step=step, names=["read"])[
+    "read"]["origin"]
+  found = origin(params)
+  manifest = records.check(config.data.root)["files"]
+  path = next(path for path in manifest if path.endswith("test.array_record"))
+  words = f"{config.data.root}/tokenizer.json"
+  assert found["files"] == {path: manifest[path], words: manifest["tokenizer.json"]}
+  assert found["step"] == 7 and found["parameters"] == origin(params, 8)["parameters"]
+  # The digest is that of the checkpoint's arrays, and one changed number is another.
+  saved = checkpoint.make_manifest({"params": params}, {})["arrays"]
+  assert found["parameters"] == digest.of_json(saved)
+  leaves, tree = jax.tree.flatten(params)
+  leaves[-1] = leaves[-1].at[..., 0].add(1e-6)
+  assert found["parameters"] != origin(jax.tree.unflatten(tree, leaves))["parameters"]
 
 
 def test_wrong_names_and_places(setup, tmp_path):

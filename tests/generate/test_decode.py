@@ -77,8 +77,9 @@ def error(config, params, spoil=lambda context: context):
   context = spoil(decode.make_context(find_fusion(config), config, batch, ends, NEW))
   logits, cache = prefilled(frozen, params, batch, ends, context)
   got = [np.asarray(logits)]
+  apart, cache = decode.split(frozen, params, cache)
   for step in range(NEW - 1):
-    logits, cache = extended(frozen, params, answers[..., step], step, context, cache)
+    logits, cache = extended(frozen, apart, answers[..., step], step, context, cache)
     got.append(np.asarray(logits))
   got = np.stack(got)
 
@@ -225,6 +226,18 @@ def test_one_token_needs_no_columns_of_its_own():
   assert (np.asarray(one.tokens)[..., 0] == np.asarray(generate(PROMPTS).tokens)[..., 0]).all()
   with pytest.raises(ValueError, match="max_tokens"):
     generate(PROMPTS, max_tokens=0)
+
+
+@pytest.mark.parametrize("fusion", ["prefix_lm", "simvlm"])
+def test_the_loop_slices_no_layer(fusion):
+  config, params = model(fusion)
+  first = decode._arguments(config, params, prompts_of(PROMPTS, config), NEW, (), Sampling(), None)
+  frozen, (stop, _, temperature, top_p, limit) = first[0], first[4:]
+  split, saying = jax.eval_shape(functools.partial(decode.begin, frozen, max_tokens=NEW),
+                                 *first[1:-1])
+  loop = lambda params, saying: decode.advance(frozen, params, saying, stop, temperature, top_p,
+                                               limit)
+  assert "scan" not in (text := str(jax.make_jaxpr(loop)(split, saying))) and "while" in text
 
 
 @pytest.mark.parametrize("chunk", [1, 3, NEW])

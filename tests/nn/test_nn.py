@@ -307,6 +307,27 @@ def test_remat_changes_what_is_saved_and_nothing_else():
     loss(params, "ful")
 
 
+@pytest.mark.parametrize("layer, repeats, used", [(Layer, 3, None), (Layer, 3, 2),
+                                                  (Two, 2, None)])
+def test_a_run_taken_apart_is_the_scan(layer, repeats, used):
+  x = draw(2, 5, 4)
+  model = Model(repeats=repeats, used=used, layer=layer)
+  params = noise(model, x, None, 0.5)
+  columns = jnp.arange(repeats if used is None else used, dtype=jnp.float32)
+  columns = columns if layer is Layer else (columns, -columns)
+  wanted, after = model.apply(params, x, columns, 0.5)
+  alone = lambda params: {"params": {"layers": stack.apart(params["params"]["layers"])}}
+  run = lambda params: model.apply(alone(params), x, stack.apart(columns), 0.5)
+  out, split = run(params)
+  np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, split, stack.apart(after))
+  assert "scan" not in str(jax.make_jaxpr(run)(params))
+  assert model.apply(alone(params), x, None, 0.5)[1] == jax.tree.map(lambda _: None, columns)
+  # Twin: two layers in each other's place.
+  turned = jax.tree.map(lambda leaf: leaf[::-1], params)
+  assert np.abs(run(turned)[0] - wanted).max() > 1e-4
+
+
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_unused_layers_keep_their_parameters(used):
   x = draw(2, 5, 4)

@@ -60,9 +60,11 @@ def run(config, tmp_path):
   (path / "evals").mkdir()
   (path / "predictions").mkdir()
   for step, accuracy in ((50, 0.61), (100, 0.73)):
+    origin = {"step": step, "parameters": "3f2a", "files": {
+      "pictures/test.array_record": {"bytes": 1234, "sha256": "ab" * 32}}}
     numbers = {"kind": "vqa", "source": "pictures", "split": "test", "images": "real",
                "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.04,
-               "questions": 18, "controls": {"shuffled": {
+               "questions": 18, "origin": origin, "controls": {"shuffled": {
                  "accuracy": 0.321, "low": 0.3, "high": 0.35, "questions": 18}}}
     text = json.dumps({"step": step, "evals": {"look": numbers}})
     (path / "evals" / f"{step}.json").write_text(text)

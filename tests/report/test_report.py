@@ -71,6 +71,7 @@ def test_shows_what_the_files_say(run, config, capsys):
   for words in ("a run", "step 100 of 1,000", "0.73", "0.68 to 0.77", "0.321", "0.3 to 0.35",
                 "18 questions", "with another picture", "Waiting for data", "12.5%",
                 "question 4?", "yes 4", "with another picture: elsewhere 4", "truth: yes",
+                "3f2a", "pictures/test.array_record 1,234 bytes",
                 "llm.vocab_size", "270", "seed 0", "none", "tests.evals.tiny_source"):
     assert words in text, words
   # Every logged value is under the pointer: steps and losses of both sources.
@@ -107,8 +108,9 @@ def test_everything_is_escaped(run, config):
   frozen["optim"]["decay_pattern"] = EVIL
   (run / "config.json").write_text(json.dumps(frozen))
   evals = json.loads((run / "evals" / "100.json").read_text())
-  evals["evals"][EVIL] = {"accuracy": 0.5, "source": EVIL, "split": EVIL, "controls": {EVIL: {
-    "accuracy": 0.25}}}
+  evals["evals"][EVIL] = {"main": EVIL, EVIL: 0.5, "source": EVIL, "split": EVIL, "unit": EVIL,
+                          "kind": EVIL, "controls": {EVIL: {EVIL: 0.25}}, "origin": {
+                            "parameters": EVIL, "files": {EVIL: {"sha256": EVIL}}}}
   (run / "evals" / "100.json").write_text(json.dumps(evals))
   env = json.loads((run / "env.json").read_text())
   env["versions"][EVIL] = EVIL
@@ -180,8 +182,11 @@ def test_budget_adds_up(run):
 
 
 def test_the_number_an_evaluation_is_read_by():
-  assert page.main({"bleu": 0.3, "cider": 1.2, "low": 1.0, "seconds": 2.0}) == ("cider", 1.2)
-  assert page.main({"high": 2.0, "recall": 0.5, "tokens": 3}) == ("recall", 0.5)
+  written = {"kind": "caption", "bleu_4": 0.3, "cider": 1.2, "accuracy": 2.0}
+  assert page.main(written) == ("cider", 1.2)  # as the kind says
+  assert page.main(written | {"main": "bleu_4"}) == ("bleu_4", 0.3)  # as the evaluation said
+  name, value = page.main(written | {"kind": "mine.own"})
+  assert name == "" and np.isnan(value)
   assert page.bar({"low": 0.9, "high": 1.4}, 1.2, "cider") == ""
   assert "<svg" in page.bar({"low": 0.4, "high": 0.6}, 0.5, "recall")
 

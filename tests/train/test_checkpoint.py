@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.core import digest
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.train import checkpoint as checkpoint_lib
 from vlm_jax.train.checkpoint import Checkpoints, load_params
@@ -148,16 +149,16 @@ def test_flipped_bits_are_never_restored(path, written):
 
 
 def test_flipped_bits_twin_without_digests(path, written, monkeypatch):
-  real = checkpoint_lib._entries
-  blind = lambda leaves: [entry | {"digest": ""} for entry in real(leaves)]
+  real = digest.of_arrays
+  blind = lambda tree: {path: entry | {"digest": ""} for path, entry in real(tree).items()}
   shutil.copytree(written, path.parent / "blind")
   for file in (path.parent / "blind").glob("*/manifest/metadata"):
     manifest = json.loads(file.read_text())
     manifest.pop("digest")
     for entry in manifest["arrays"].values():
       entry["digest"] = ""
-    file.write_text(json.dumps(manifest | {"digest": checkpoint_lib._text_digest(manifest)}))
-  monkeypatch.setattr(checkpoint_lib, "_entries", blind)
+    file.write_text(json.dumps(manifest | {"digest": digest.of_json(manifest)}))
+  monkeypatch.setattr(digest, "of_arrays", blind)
   wrong, _ = flip_until(path, path.parent / "blind", rounds=8)
   assert wrong >= 3  # Orbax alone restores wrong numbers without a word
 

@@ -12,7 +12,7 @@ import argparse
 import json
 from typing import Any
 
-from vlm_jax.cli import runs
+from vlm_jax import runs
 from vlm_jax.core.errors import UsageError
 
 SUMMARY = "evaluate a checkpoint of a run, or every one as it comes"

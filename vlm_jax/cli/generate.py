@@ -7,7 +7,7 @@ stands where the question says <image>, else before it: "is <image> larger than 
 import argparse
 import json
 
-from vlm_jax.cli import runs
+from vlm_jax import runs
 from vlm_jax.core.errors import UsageError
 
 SUMMARY = "answer a question about pictures"

@@ -2,8 +2,10 @@
 
 --data is one of
   *.jsonl  lines of {"id", "prompt", "image"}; "image" is a file name, a list, or missing
-           (POPE's {"question_id", "text", "image"} is read too)
-  *.json   VQA v2 questions, or a COCO caption file (with --prompt, or a bare caption)
+           (POPE's {"question_id", "text", "image"} is read too); or conversations in the form of
+           OpenAI's {"messages"} or LLaVA's {"conversations"}, whose last question is answered
+  *.json   a list of such, VQA v2 questions, or a COCO caption file (with --prompt, or a bare
+           caption)
   *.tsv    MMBench: options are listed, the model answers with a letter
 The same command continues a file that was interrupted; answered ids are not asked again.
 """
@@ -11,7 +13,7 @@ The same command continues a file that was interrupted; answered ids are not ask
 import argparse
 import json
 
-from vlm_jax.cli import runs
+from vlm_jax import runs
 
 SUMMARY = "answer a file of prompts, into JSON lines"
 

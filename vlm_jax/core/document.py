@@ -28,6 +28,8 @@ class Text:
     branch: 0 for the trunk, k > 0 for the k-th fan-out branch.
     continues: whether it goes on where the text before the last images stopped, as the words
       behind a picture on a page do, rather than open a turn of its own.
+    answers: what annotators said where the text is said (ten of them in VQA v2): the truth that an
+      evaluation scores against; (): the text is all of it. Training does not read them.
   """
 
   text: str
@@ -35,6 +37,7 @@ class Text:
   loss: bool = False
   branch: int = 0
   continues: bool = False
+  answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

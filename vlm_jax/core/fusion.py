@@ -25,7 +25,7 @@ from vlm_jax.core.typing import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of every layer.
+  """Keys and values of every layer; arrays [L,...], or lists of L arrays (`nn.stack.apart`).
 
   Attributes:
     k, v: f[L,B,S,G,C], of the stream that speaks.
@@ -38,6 +38,11 @@ class Cache:
   v: Array
   length: Array
   memory: tuple[Array, Array] | None = None
+
+  @property
+  def slots(self) -> int:
+    """S, the columns of the stream that speaks."""
+    return jax.tree.leaves(self.k)[0].shape[-3]
 
 
 @jax.tree_util.register_dataclass
@@ -152,11 +157,13 @@ class LanguageModel(Protocol):
   Model(config.llm, config.attention, precision) returns an Output. How it is called depends on
   KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
   positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
+  RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
   `config` below is `config.llm`.
   """
 
   Model: type
   KIND: str
+  RUNS: tuple[str, ...]
 
   def empty_cache(self, config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:
     """A cache of S = `columns` with nothing in it."""

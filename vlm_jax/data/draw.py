@@ -141,15 +141,24 @@ class Records:
     record = self._reader[index]
     documents = self._module.parts(record, self._form)
     if self._policy == "shuffled":
-      other = self._module.parts(self._reader[self.partner(index)], self._form)
-      strangers = [part for parts in other[:1] for part in parts if isinstance(part, Image)]
-      documents = [_replace(parts, strangers) for parts in documents]
+      if any(isinstance(part, Image) for parts in documents for part in parts):
+        strangers = self._strangers(index)
+        documents = [_replace(parts, strangers) for parts in documents]
     elif self._policy == "none":
       documents = [_replace(parts, []) for parts in documents]
     key = f"{self._name}/{self._split}/{record['key']}"
     number = lambda i: f"?{i}" if len(documents) > 1 else ""
     return [Document(self._read(parts), self._name, key + number(i))
             for i, parts in enumerate(documents)]
+
+  def _strangers(self, index: int) -> list[Image]:
+    """The images of the partner, or of the next record after it that this form has images of."""
+    for step in range(len(self._reader) - 1):
+      other = (self.partner(index) + step) % len(self._reader)
+      parts = self._module.parts(self._reader[other], self._form)[:1] if other != index else []
+      if found := [part for one in parts for part in one if isinstance(part, Image)]:
+        return found
+    return []
 
   def count(self, index: int) -> int:
     """How many documents record `index` has; 1 for a bad one, which says why when it is read."""

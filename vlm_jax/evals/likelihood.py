@@ -1,17 +1,20 @@
-"""log p of the tokens that a layout predicts: what perplexity and multiple choice are made of."""
+"""log p of the tokens that a layout predicts: perplexity, multiple choice, retrieval."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import from_flat
+from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Array, Params
-from vlm_jax.generate.prompts import by_length, stack
+from vlm_jax.generate.prompts import by_length, layouts, stack
 from vlm_jax.ops.losses import token_log_likelihoods
 
 BUCKET = 128  # rows are padded to a multiple of this, so that few programs are compiled
@@ -51,3 +54,55 @@ def of_layouts(
       size = laid_out[index].sizes[stream]
       weight = flat[f"streams/{stream}/loss_weights/{OBJECTIVE}"][row, :size]
       yield index, log_p[row, :size], weight > 0
+
+
+def of_branches(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int
+                ) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Scores what the branches of fan-out documents say, each as if it were the only one.
+
+  Args:
+    config: of the run; a strategy without branches is given every branch in a row of its own.
+    params: the parameters.
+    documents: with a loss in every branch; a plain one counts as a single branch.
+    rows: of one compiled call.
+
+  Returns:
+    For each document the log p f64[branches] of its branches in order, and their tokens
+    i64[branches].
+  """
+  module = find_fusion(config)
+  classes = f"masks/{module.STREAM}/q_class"
+  together = classes in module.fields(config)
+  pieces = documents if together else [one for document in documents for one in _alone(document)]
+  laid_out = layouts(pieces, config)
+  found: list[Any] = [None] * len(pieces)
+  for index, log_p, predicted in of_layouts(config, params, laid_out, rows):
+    found[index] = _by_branch(laid_out[index].arrays.get(classes), log_p.astype(np.float64),
+                              predicted)
+  if together:
+    return found
+  supply = iter(found)
+  return [tuple(np.concatenate(both) for both in
+                zip(*(next(supply) for _ in _branches(document)), strict=True))
+          for document in documents]
+
+
+def _by_branch(classes: np.ndarray | None, log_p: np.ndarray, predicted: np.ndarray
+               ) -> tuple[np.ndarray, np.ndarray]:
+  """Sums over the predicted slots of every branch that has some; classes None: one branch."""
+  branch = (np.zeros(len(log_p), np.int32) if classes is None else classes)[predicted]
+  numbers = np.unique(branch)
+  sums = np.array([log_p[predicted][branch == number].sum() for number in numbers])
+  return sums, np.array([(branch == number).sum() for number in numbers])
+
+
+def _branches(document: Encoded) -> list[int]:
+  return sorted({part.branch for part in document.parts if getattr(part, "branch", 0)}) or [0]
+
+
+def _alone(document: Encoded) -> list[Encoded]:
+  """A plain document for every branch, with the trunk and without the siblings."""
+  plain = lambda part: dataclasses.replace(part, branch=0) if hasattr(part, "branch") else part
+  return [dataclasses.replace(document, parts=tuple(
+    plain(part) for part in document.parts if getattr(part, "branch", 0) in (0, number)))
+    for number in _branches(document)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.core.document import Encoded, Image
+from vlm_jax.core.document import Document, Encoded, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.typing import Params
 from vlm_jax.data import pipeline, template
@@ -93,6 +93,13 @@ def predict(
   return progress
 
 
+def converse(request: Request, pictures: Sequence[Image]) -> Document:
+  """The document of a conversation whose last question the model is to answer."""
+  supply = iter(pictures)
+  parts = tuple(next(supply) if isinstance(part, Image) else part for part in request.turns)
+  return Document((*parts, Text("", "assistant")), "", request.key)
+
+
 def _batches(config: ConfigDict, params: Params, requests: list[Request], batch: int,
              max_tokens: int):
   """Yields the rows of every batch; those of unreadable requests first."""
@@ -103,7 +110,8 @@ def _batches(config: ConfigDict, params: Params, requests: list[Request], batch:
   for request in requests:
     try:
       pictures = [Image(data) for data in request.pictures()]
-      document = ask(config, request.prompt, pictures, request.key)
+      document = converse(request, pictures) if request.turns else ask(
+        config, request.prompt, pictures, request.key)
       encoded.append(template.encode_prompt(document, tokenizer, decode_image))
       asked.append(request)
     except BadExample as error:

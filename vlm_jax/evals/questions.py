@@ -64,11 +64,13 @@ def cut(document: Document, together: int) -> list[Document]:
 def questions_of(document: Document) -> list[Question]:
   """The last question of every branch (of a plain document: of the document), in order.
 
-  The last user's text is the question, the assistant's text that ends the branch its answer.
+  The last user's text is the question, the assistant's text that ends the branch its answer,
+  unless that has `answers` of annotators.
   """
   out = []
   for number, parts in branches(document).items():
     asked = [part.text for part in parts if part.role == "user"]
     key = f"{document.key}/{number}" if number else document.key
-    out.append(Question(key, document.key, asked[-1] if asked else "", (parts[-1].text,)))
+    out.append(Question(key, document.key, asked[-1] if asked else "",
+                        parts[-1].answers or (parts[-1].text,)))
   return out

@@ -2,8 +2,11 @@
 
 - *.jsonl: lines of {"id", "prompt", "image"}, where "image" may be missing or a list; POPE's and
   LLaVA's question files {"question_id", "text", "image"} are the same under other names
-- *.json: VQA v2's {"questions": [{"question_id", "image_id", "question"}]}, or a COCO caption
-  file's {"images": [{"id", "file_name"}]}
+- *.jsonl: lines of {"messages"} as OpenAI's API writes them or of LLaVA's {"conversations"}, in the
+  forms that training reads (`data/turns.py`); what stands behind the last question is not shown.
+  An "id" may be missing: the line's number is one
+- *.json: a list of any of these, VQA v2's {"questions": [{"question_id", "image_id", "question"}]},
+  or a COCO caption file's {"images": [{"id", "file_name"}]}
 - *.tsv: MMBench's table of index, question, image (base64), A, B, C, D; options are listed
 """
 
@@ -18,12 +21,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.core.document import Image, Text
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.data import files, turns
 from vlm_jax.data import images as image_files
+from vlm_jax.data.bad import BadExample
+from vlm_jax.data.sources import Parts
 from vlm_jax.evals.kinds.choice import INSTRUCTION
 from vlm_jax.evals.predictions import read, read_text
 
 VQA_IMAGE = "COCO_val2014_{:012d}.jpg"
+CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +40,16 @@ class Request:
 
   Attributes:
     key: names it; unique in a file.
-    prompt: what is asked, "" for a bare caption.
+    prompt: what is asked, "" for a bare caption; of a conversation its last question.
     images: files, or encoded pictures.
+    turns: of a conversation of several turns all of them, the question last; the images in it are
+      empty places for `images`, in order.
   """
 
   key: str
   prompt: str
   images: tuple[Path | bytes, ...]
+  turns: Parts = ()
 
   def pictures(self) -> list[bytes]:
     """The encoded pictures; BadExample("missing_file") when one is not there."""
@@ -93,21 +104,58 @@ def options_of(row: dict[str, str]) -> dict[str, str]:
 def _of_line(row: dict[str, Any], number: int, path: Path, images: str | Path | None, prompt: str
              ) -> Request:
   key = next((row[name] for name in ("id", "question_id", "key") if name in row), None)
+  if any(name in row for name in CONVERSATIONS):
+    try:
+      return _of_turns(row, str(number if key is None else key),
+                       Path(images) if images else path.parent)
+    except BadExample as error:
+      raise DataError(f"{path} record {number}: {error}; mend or remove it") from error
   asked = row.get("prompt", row.get("text", row.get("question", prompt)))
   shown = row.get("image") or []
   shown = [shown] if isinstance(shown, str) else shown
   if key is None or not isinstance(asked, str) or not all(isinstance(one, str) for one in shown):
     raise DataError(f"{path} line {number} must have an 'id' and a 'prompt', and may have an "
-                    "'image' (a file name or a list of them); mend or remove it")
+                    "'image' (a file name or a list of them), or have 'messages'; mend or remove it"
+                    )
   if not asked.strip() and not shown:
     raise DataError(f"{path} line {number} asks nothing and shows nothing; give it a 'prompt'")
   folder = Path(images) if images else path.parent
   return Request(str(key), asked, tuple(folder / one for one in shown))
 
 
+def _of_turns(row: dict[str, Any], key: str, folder: Path) -> Request:
+  """A conversation up to its last question; a single question is a prompt like any other."""
+  parts = list(turns.documents(row, CONVERSATIONS)[0])
+  while parts and isinstance(parts[-1], Text) and parts[-1].role == "assistant":
+    parts.pop()
+  texts = [part for part in parts if isinstance(part, Text)]
+  if not texts or texts[-1].role != "user" or not texts[-1].text:
+    raise BadExample("wrong_record", "its last turn but an answer must be a user's question")
+  first = max(index for index, part in enumerate(parts)
+              if isinstance(part, Text) and not part.continues)
+  images = tuple(_named(str(part.data), folder) for part in parts if isinstance(part, Image))
+  written = lambda some: "".join(turns.MARK if isinstance(part, Image) else part.text
+                                 for part in some)
+  if sum(not part.continues for part in texts) == 1:
+    return Request(key, written(parts), images)
+  blank = tuple(Image("") if isinstance(part, Image) else part for part in parts)
+  return Request(key, written(parts[first:]), images, blank)
+
+
+def _named(data: str, folder: Path) -> Path | bytes:
+  """An image of a record: a file below the folder, or the bytes of a data: URL."""
+  if data.startswith("data:") or files.URL.match(data):
+    return files.ImageFolder(str(folder)).read(data)
+  return folder / data
+
+
 def _of_json(path: Path, images: str | Path | None, prompt: str) -> Iterator[Request]:
   try:
     whole = json.loads(read_text(path))
+    if isinstance(whole, list):
+      yield from (_of_line(row, number, path, images, prompt)
+                  for number, row in enumerate(whole, 1))
+      return
     if "questions" in whole:
       for row in whole["questions"]:
         shown = _picture(images or path.parent / VQA_IMAGE, int(row["image_id"]))
@@ -117,7 +165,7 @@ def _of_json(path: Path, images: str | Path | None, prompt: str) -> Iterator[Req
     for row in whole["images"]:
       yield Request(str(row["id"]), prompt, (folder / row["file_name"],))
   except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f"{path} is neither a VQA v2 question file nor a COCO caption file "
+    raise DataError(f"{path} is neither a list, a VQA v2 question file nor a COCO caption file "
                     f"({error!r}); see `vlm-jax predict --help`") from error
 
 

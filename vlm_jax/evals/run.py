@@ -7,9 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax.core import digest
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
-from vlm_jax.evals.kinds import find_kind
+from vlm_jax.data.origin import files_of
+from vlm_jax.evals.kinds import find_kind, measure
 from vlm_jax.evals.predictions import lines, replace
 
 
@@ -35,15 +37,17 @@ def evaluate(
     report: gets one line for every evaluation done.
 
   Returns:
-    Label to numbers. The label is the evaluation's name, with "_<split>" when another split than
-    the entry's own is read; so both stand side by side in one file.
+    Label to what was asked ("kind", "main" and "unit" of the kind, "source", "split", "entry"), of
+    what ("origin": "step", "parameters", a digest of theirs, and the data's "files" with sizes and
+    digests), and the numbers. The label is the evaluation's name, with "_<split>" when another
+    split than the entry's own is read; so both stand side by side in one file.
 
   Raises:
     UsageError: an unknown name or kind, or a field that cannot be.
     DataError: the data cannot be read.
     DiskError: the workdir cannot be written.
   """
-  results = {}
+  results, parameters = {}, digest.of_json(digest.of_arrays({"params": params}))
   for name in sorted(config.evals) if names is None else names:
     if name not in config.evals:
       raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
@@ -55,10 +59,13 @@ def evaluate(
       raise UsageError(f"config.evals.{name}.kind: {reason}") from error
     chosen = split or entry.split
     label = name if chosen == entry.split else f"{name}_{chosen}"
-    numbers, predictions = kind.run(config, params, entry, chosen)
+    numbers, predictions = measure(kind, config, params, entry, chosen)
     fields = json.loads(entry.to_json()) | {"split": chosen}  # what was asked, with the answer
-    results[label] = {"kind": entry.kind, "source": entry.source, "split": chosen,
-                      "entry": fields, **numbers}
+    origin = {"step": step, "parameters": parameters,
+              "files": files_of(config, entry.source, chosen)}
+    results[label] = {"kind": entry.kind, "main": kind.MAIN, "unit": kind.UNIT,
+                      "source": entry.source, "split": chosen, "entry": fields, "origin": origin,
+                      **numbers}
     report(f"{label}: {line(results[label], kind.MAIN, kind.UNIT)}")
     if workdir is not None:
       _write(Path(workdir), step, label, results[label], predictions)

@@ -10,6 +10,10 @@ same class, and everything after it up to itself. Of another stream (an encoder'
 that slot sees; that stream is computed once, and its keys stay in the cache. The masks are data, so
 ragged prompts and several open turns that share an image need nothing else. The image of a row is
 computed once, however many questions about it are open.
+
+The prompts are read by scanned layers. For the loop over tokens the layers' parameters and columns
+are taken apart once: it costs a copy of the layers and compiles them one by one, and spares a slice
+of each in every step.
 """
 
 import dataclasses
@@ -29,9 +33,11 @@ from vlm_jax.core.fusion import Cache, Fusion, Output, find_fusion, find_llm
 from vlm_jax.core.layout import IGNORE, mask_axes
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import precision
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.generate.prompts import Prompts
 from vlm_jax.generate.sampling import GREEDY, Sampling, choose
+from vlm_jax.nn import stack
 
 
 @jax.tree_util.register_dataclass
@@ -179,8 +185,18 @@ class Saying:
     return Generated(self.said, self.length, stopped, self.log_probs, self.step)
 
 
-def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Saying:
-  """Reads the prompts and chooses the first tokens.
+def split(config: ConfigDict, params: Params, cache: Cache) -> tuple[Params, Cache]:
+  """Parameters and columns with the layers of the runs that are cached apart."""
+  runs = tuple(f"llm/{run}/" for run in find_llm(config).RUNS)
+  leaves = {path: stack.apart(leaf) if path.startswith(runs) else leaf
+            for path, leaf in flatten(params).items()}
+  k, v, memory = stack.apart((cache.k, cache.v, cache.memory))
+  return unflatten(leaves), Cache(k, v, cache.length, memory)
+
+
+def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens
+          ) -> tuple[Params, Saying]:
+  """Reads the prompts and chooses the first tokens; returns the parameters as `advance` wants them.
 
   Args:
     config, params, max_tokens: as in `generate`, the config frozen.
@@ -196,6 +212,7 @@ def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_token
   columns, dtype = context.masks[context.stream].k_index.shape[1], precision(config).compute
   cache = find_llm(config).empty_cache(config.llm, rows, columns, dtype)
   logits, cache = prefill(model, params, batch, ends, context, cache)
+  params, cache = split(config, params, cache)
 
   fold = jax.vmap(jax.random.fold_in, (None, 0))
   keys = jax.vmap(fold, (0, None))(jax.vmap(jax.random.key)(seeds), jnp.arange(turns))
@@ -203,7 +220,7 @@ def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_token
   blank = jnp.zeros((rows, turns, max_tokens), jnp.int32)
   saying = Saying(context, cache, keys, jnp.zeros((), jnp.int32), blank,
                   blank.astype(jnp.float32), zeros, context.active, zeros)
-  return say(saying, logits, stop, temperature, top_p)
+  return params, say(saying, logits, stop, temperature, top_p)
 
 
 def say(saying: Saying, logits: Array, stop, temperature, top_p) -> Saying:
@@ -241,7 +258,7 @@ def advance(config, params, saying: Saying, stop, temperature, top_p, limit) -> 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_tokens"))
 def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens) -> Generated:
-  saying = begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens)
+  params, saying = begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens)
   return advance(config, params, saying, stop, temperature, top_p, max_tokens).generated()
 
 
@@ -301,7 +318,7 @@ def stream(
     raise ValueError(f"chunk must be at least 1, got {chunk}")
   arguments = _arguments(config, params, prompts, max_tokens, stop, sampling, seeds)
   frozen, _, _, _, stop_array, _, temperature, top_p, _ = arguments
-  saying = _begin(*arguments)
+  params, saying = _begin(*arguments)
   step = 1
   while True:
     # Read before the next call, which takes the arrays over.

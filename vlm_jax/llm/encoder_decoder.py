@@ -38,9 +38,10 @@ from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.mlp import MLP, GatedMLP
 from vlm_jax.nn.norms import LayerNorm, RMSNorm
 
-__all__ = ["KIND", "Model", "empty_cache", "supports"]
+__all__ = ["KIND", "RUNS", "Model", "empty_cache", "supports"]
 
 KIND = "encoder-decoder"
+RUNS = ("decoder/layers",)
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 FEED_FORWARDS = ("plain", "gated")
 
@@ -233,11 +234,11 @@ class Model(nn.Module):
     if memory is None and (cache is None or cache.memory is None):
       raise ValueError("the decoder needs the encoder's memory, or a cache that an earlier call "
                        "with it returned")
-    slots = cache.memory[0].shape[2] if memory is None else memory.shape[1]
+    slots = jax.tree.leaves(cache.memory)[0].shape[-3] if memory is None else memory.shape[1]
     if cache is None:
       own, columns = make_context(mask, None, self._blocks), None
     else:
-      own = make_context(mask, None, self._blocks, cache.k.shape[2], cache.length)
+      own = make_context(mask, None, self._blocks, cache.slots, cache.length)
       columns = ((cache.k, cache.v), cache.memory if memory is None else None)
     other = make_context(cross, None, self._blocks, keys=slots)
     hidden, columns = self.decoder(x, columns, Contexts(own, other, memory))

@@ -20,6 +20,7 @@ from vlm_jax.nn.norms import RMSNorm
 from vlm_jax.ops.rope import rotation, sequence
 
 KIND = "decoder"
+RUNS = ("layers",)
 
 # Ours, theirs (below "model."; lm_head is its sibling), operation: see vlm_jax/convert/table.py.
 KEYS = (
@@ -175,7 +176,7 @@ class Model(nn.Module):
     if cache is None:
       context, columns = make_context(mask, turn, blocks), None
     else:
-      context = make_context(mask, turn, blocks, cache.k.shape[2], cache.length)
+      context = make_context(mask, turn, blocks, cache.slots, cache.length)
       columns = (cache.k, cache.v)
     x, columns = self.layers(x.astype(self.precision.compute), columns, context)
     if cache is not None:

@@ -6,6 +6,10 @@ likes (read a hidden state, drop tokens). This is the only file that lifts trans
 
 A layer is a module called as layer(x, columns, context) -> (x, columns): x f[B,T,D] is carried,
 columns is what this layer caches (or None), context (mask, plan, positions) is the same for all.
+
+A loop around a run (decoding) would slice every layer's parameters out of the stacked arrays again
+in each of its turns, and on a CPU a slice is a copy. So a run also takes parameters and columns
+that `apart` has split once, before the loop.
 """
 
 from collections.abc import Callable
@@ -13,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.typing import Array
@@ -43,6 +48,19 @@ class Period(nn.Module):
     return x, tuple(columns)
 
 
+def apart(tree: Any) -> Any:
+  """Stacked parameters or columns with the list of its r layers in place of every array [r,...]."""
+  return jax.tree.map(lambda leaf: list(jnp.unstack(leaf)), tree)
+
+
+def _is_list(node: Any) -> bool:
+  return isinstance(node, list)
+
+
+def _layer_of(tree: Any, number: int) -> Any:
+  return jax.tree.map(lambda leaves: leaves[number], tree, is_leaf=_is_list)
+
+
 def run(
   layer: type[nn.Module],
   repeats: int,
@@ -66,7 +84,8 @@ def run(
     fields: the layer's attributes, and the run's `name` in compact modules.
 
   Returns:
-    A module (x, columns, context) -> (x, columns), columns stacked on a leading axis.
+    A module (x, columns, context) -> (x, columns), columns stacked on a leading axis; applied to
+    parameters that are `apart`, it takes and returns columns that are, and scans nothing.
 
   Raises:
     UsageError: an unknown remat policy.
@@ -89,4 +108,20 @@ def run(
   if length < repeats:
     first = lambda params: jax.tree.map(lambda leaf: leaf[:length], params)
     scanned = nn.map_variables(scanned, "params", trans_in_fn=first)
-  return scanned(**fields)
+  alone = {name: value for name, value in fields.items() if name != "name"}
+
+  class Run(scanned):
+    """The scan, or the same layers one after the other."""
+
+    def __call__(self, x: Array, columns: Any, context: Any) -> tuple[Array, Any]:
+      params = self.variables.get("params", {})
+      if not any(map(_is_list, jax.tree.leaves(params, is_leaf=_is_list))):
+        return super().__call__(x, columns, context)
+      one, out = layer(**alone, parent=None), []
+      for number in range(length):
+        x, own = one.apply({"params": _layer_of(params, number)}, x, _layer_of(columns, number),
+                           context)
+        out.append(own)
+      return x, jax.tree.map(lambda *leaves: list(leaves), *out)
+
+  return Run(**fields)

@@ -1,5 +1,6 @@
 """The sections of a report, in reading order, and the file they are written to."""
 
+import contextlib
 import datetime
 import math
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 import vlm_jax
-from vlm_jax.core.errors import UserError
+from vlm_jax.core.errors import UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.evals.kinds import find_kind
 from vlm_jax.report import charts, rows, samples
 from vlm_jax.report.html import Html, figure, table, tag
 from vlm_jax.report.run import Run, column, read
@@ -18,13 +20,14 @@ from vlm_jax.report.style import CSS
 from vlm_jax.train.metrics import duration
 from vlm_jax.train.workdir import write_atomically
 
+MAPS = 2  # samples of an evaluation whose attention is drawn
 UNITS = ("questions", "tokens", "pictures", "documents")  # what evaluations count
 # Nothing may be loaded, whatever the page holds: styles are its own, pictures are data.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(workdir: str | Path, out: str | Path | None = None, *, root: str | None = None,
-          outside: bool = False) -> Path:
+          outside: bool = False, maps: int = MAPS) -> Path:
   """Writes the report of a run.
 
   Args:
@@ -32,25 +35,29 @@ def write(workdir: str | Path, out: str | Path | None = None, *, root: str | Non
     out: the file, None: `report.html` in the run directory.
     root: the prepared data, None: where the config says.
     outside: whether the config may name modules outside vlm_jax.
+    maps: samples of each evaluation whose attention is drawn, from its checkpoint; 0: none is read.
 
   Returns:
     The file.
 
   Raises:
-    UsageError: not a run directory.
+    UsageError: not a run directory, or a negative number of maps.
     DataError: a file of it is damaged.
   """
+  if maps < 0:
+    raise UsageError(f"--attention-maps is {maps}; use 0 or more")
   run = read(workdir, root, outside)
   path = Path(out) if out else run.path / "report.html"
-  write_atomically(path, render(run))
+  write_atomically(path, render(run, maps))
   return path
 
 
-def render(run: Run) -> str:
-  """The whole page."""
+def render(run: Run, maps: int = MAPS) -> str:
+  """The whole page; `maps` as in `write`."""
   parts: list[tuple[str, Callable[[Run], Html]]] = [
     ("Evaluations", evaluations), ("Training", training), ("Token budget", budget),
-    ("One packed row", rows.section), ("Samples", examples), ("Config", config),
+    ("One packed row", rows.section), ("Samples", lambda run: examples(run, maps)),
+    ("Config", config),
     ("Provenance", provenance),
   ]
   links = [tag("a", name, href=f"#{anchor(name)}") for name, _ in parts]
@@ -128,11 +135,11 @@ def newest(run: Run) -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def main(numbers: dict[str, Any]) -> tuple[str, float]:
-  """Name and value of the number an evaluation is read by."""
-  other = (name for name, value in numbers.items() if isinstance(value, float)
-           and name not in ("seconds", "low", "high"))
-  names = ("accuracy", "perplexity", "cider", "anls", *other)
-  name = next((name for name in names if isinstance(numbers.get(name), int | float)), "")
+  """Name and value of the number an evaluation is read by; "" and NaN of a kind that is gone."""
+  name = numbers.get("main", "")
+  if not name:  # written by a version that left it to the kind
+    with contextlib.suppress(UserError):
+      name = find_kind(str(numbers.get("kind")), outside=False).MAIN
   return name, numbers.get(name, math.nan)
 
 
@@ -144,12 +151,12 @@ def evaluations(run: Run) -> Html:
   lines = []
   for label, (step, numbers) in newest(run).items():
     name, value = main(numbers)
-    unit = next((unit for unit in UNITS if unit in numbers), "")
+    unit = next((unit for unit in (numbers.get("unit"), *UNITS) if unit in numbers), "")
     lines.append([tag("b", label), name, figure(value), bounds(numbers),
                   bar(numbers, value, name), f"{numbers[unit]:,} {unit}" if unit else "",
                   f"{numbers.get('source', '')} {numbers.get('split', '')}", figure(step)])
     for images, control in numbers.get("controls", {}).items():
-      _, other = main(control)
+      other = control.get(name, math.nan)
       asked = tag("span", samples.CONTROLS.get(images, images), class_="sub")
       lines.append([asked, name, figure(other), bounds(control), bar(control, other, name, True),
                     f"{control[unit]:,} {unit}" if unit in control else "", "control", ""])
@@ -234,11 +241,11 @@ def budget(run: Run) -> Html:
   return Html(charts.stack(parts, classes) + tag("p", text, class_="muted"))
 
 
-def examples(run: Run) -> Html:
+def examples(run: Run, maps: int) -> Html:
   """Samples of every evaluation that asks questions."""
   parts = []
   for label, (step, numbers) in newest(run).items():
-    if found := samples.section(run, label, numbers):
+    if found := samples.section(run, label, step, numbers, maps):
       parts += [tag("h3", f"{label}, step {step:,}"), found]
   if not parts:
     return tag("p", "No evaluation has left answers to show.", class_="muted")
@@ -270,6 +277,7 @@ def provenance(run: Run) -> Html:
   else:
     parts.append(tag("p", f"The data's manifest is not at {run.config.data.root}; with --root the "
                      "report names sources and licences.", class_="muted"))
+  parts += [tag("h3", "What each number was measured on"), origins(run)]
   parts.append(tag("h3", "Versions"))
   versions = run.environment.get("versions", {})
   plain = {key: run.environment[key] for key in ("python", "platform", "commit", "processes")
@@ -291,6 +299,22 @@ def provenance(run: Run) -> Html:
   today = datetime.datetime.now().isoformat(" ", "minutes")
   parts.append(tag("p", f"Written by vlm_jax {vlm_jax.__version__} on {today}.", class_="muted"))
   return Html("".join(parts))
+
+
+def origins(run: Run) -> Html:
+  """Step and digest of the parameters, and the files, of every evaluation."""
+  lines = []
+  for label, (step, numbers) in newest(run).items():
+    origin = numbers.get("origin", {})
+    found = [tag("div", tag("code", path), f" {figure(entry['bytes'])} bytes" if "bytes" in entry
+                 else "", tag("span", f" {entry['sha256'][:16]}", title=entry["sha256"])
+                 if "sha256" in entry else "")
+             for path, entry in sorted(origin.get("files", {}).items())]
+    lines.append([tag("b", label), figure(step), tag("code", origin.get("parameters", "unknown")),
+                  found or "unknown"])
+  if not lines:
+    return tag("p", "No evaluation has been written yet.", class_="muted")
+  return table(["evaluation", "step", "digest of the parameters", "files, sha256"], lines, (1,))
 
 
 def parameters(run: Run) -> Html:

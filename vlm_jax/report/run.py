@@ -1,17 +1,20 @@
 """What a run directory holds, read once, with nothing required but the config."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax import runs
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError
+from vlm_jax.core.typing import Params
 from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint_tools import FOLDER, Entry, entries
-from vlm_jax.train.workdir import load_config
 
 Evals = dict[int, dict[str, dict[str, Any]]]  # step to label to numbers
 
@@ -31,6 +34,7 @@ class Run:
     sources: the data manifest's sources, {} when the data is not there.
     checkpoints: what is below checkpoints/.
     shapes: shape of every parameter, from the newest checkpoint's manifest.
+    params: reads and verifies the parameters of a step; UserError when there is no such checkpoint.
   """
 
   path: Path
@@ -44,6 +48,7 @@ class Run:
   sources: dict[str, dict[str, Any]]
   checkpoints: list[Entry]
   shapes: dict[str, list[int]]
+  params: Callable[[int], Params]
 
 
 def read(workdir: str | Path, root: str | None = None, outside: bool = False) -> Run:
@@ -59,9 +64,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     DataError: a file of it is not JSON.
   """
   path = Path(workdir)
-  config = load_config(path, outside=outside)
-  if root:
-    config.data.root = root
+  config = runs.frozen(path, root, outside)
   folder = path / FOLDER
   checkpoints = entries(folder) if folder.is_dir() else []
   commands = path / "command.txt"
@@ -81,6 +84,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     sources=_json(Path(config.data.root) / "manifest.json").get("sources", {}),
     checkpoints=checkpoints,
     shapes=_shapes(checkpoints),
+    params=functools.cache(lambda step: runs.open_run(str(path), step, root, outside)[1]),
   )
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from PIL import Image as PIL
 
-from vlm_jax.core.document import Image
+from vlm_jax.core.document import Document, Image
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images, pipeline
 from vlm_jax.data.bad import BadExample
+from vlm_jax.report import looks
 from vlm_jax.report.html import Html, figure, picture, tag
 from vlm_jax.report.run import Run
 
@@ -19,8 +20,11 @@ SIDE = 144  # pixels of the longer side of a picture
 CONTROLS = {"none": "without the picture", "shuffled": "with another picture"}
 
 
-def section(run: Run, label: str, numbers: dict[str, Any]) -> Html | None:
-  """Samples of one evaluation; None when it left no predictions of answers."""
+def section(run: Run, label: str, step: int, numbers: dict[str, Any], maps: int) -> Html | None:
+  """Samples of one evaluation, `maps` of them with the attention behind every word.
+
+  None when it left no predictions of answers.
+  """
   rows = read(run.path / "predictions" / f"{label}.jsonl")
   if not rows or not SHOWN <= rows[0].keys():
     return None
@@ -29,10 +33,17 @@ def section(run: Run, label: str, numbers: dict[str, Any]) -> Html | None:
     found = read(run.path / "predictions" / f"{label}_{name}.jsonl")
     controls[name] = {row["key"]: row for row in found}
   chosen = choose(rows)
-  shown, missing = pictures(run, numbers, {row["document"] for row in chosen})
-  cards = [card(row, controls, shown.get(row["document"])) for row in chosen]
+  shown, missing = documents(run, numbers, {row["document"] for row in chosen})
+  cards = [card(row, controls, thumbnail(shown.get(row["document"]))) for row in chosen]
   note = tag("p", f"Pictures are not shown: {missing}") if missing else ""
-  return Html(note + tag("div", cards, class_="cards"))
+  looked, why = looks.draw(run, step, chosen, shown, maps) if maps else ({}, "")
+  note += tag("p", f"Attention is not shown: {why}", class_="muted") if why else ""
+  asked = {row["key"]: row.get("question", "") for row in chosen}
+  drawn = [tag("figure", tag("div", picture(image, "where the model looked"), class_="scroll"),
+               tag("figcaption", tag("b", asked[key]), " Bright: a large attention weight behind "
+                   "that word, a mean over layers and heads."))
+           for key, image in looked.items()]
+  return Html(note + tag("div", cards, class_="cards") + tag("div", drawn, class_="maps"))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -60,23 +71,22 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return [*wrong, *more, *right]
 
 
-def pictures(run: Run, numbers: dict[str, Any], keys: set[str]) -> tuple[dict[str, Any], str]:
-  """The first picture of some documents, and why there are none."""
+def documents(run: Run, numbers: dict[str, Any], keys: set[str]
+              ) -> tuple[dict[str, Document], str]:
+  """Key to document of some documents with their pictures, and why there are none."""
   if numbers.get("images") == "none":
     return {}, "this evaluation asks without them."
   entry = next((entry for entry in run.config.evals.values()
                 if entry.source == numbers["source"]), None)
-  found: dict[str, Any] = {}
+  found: dict[str, Document] = {}
   try:
     source = run.config.data.sources[numbers["source"]]
     form = entry.form if entry is not None and entry.form else source.form
-    documents = pipeline.documents(run.config, numbers["source"], numbers["split"], form,
-                                   numbers.get("images", "real"))
-    for document in documents:
-      if document.key in keys and document.key not in found:
-        parts = [part for part in document.parts if isinstance(part, Image)]
-        if parts:
-          found[document.key] = thumbnail(parts[0])
+    for document in pipeline.documents(run.config, numbers["source"], numbers["split"], form,
+                                       numbers.get("images", "real")):
+      key = document.key if document.key in keys else document.key.split("?")[0]
+      if key in keys:  # of the captions of one record the first stands for all
+        found.setdefault(key, document)
       if len(found) == len(keys):
         break
   except (UserError, KeyError) as error:
@@ -84,8 +94,12 @@ def pictures(run: Run, numbers: dict[str, Any], keys: set[str]) -> tuple[dict[st
   return found, ""
 
 
-def thumbnail(image: Image) -> PIL.Image | None:
-  """A small copy of few colours; None for a file that cannot be read."""
+def thumbnail(document: Document | None) -> PIL.Image | None:
+  """A small copy of few colours of a document's first picture; None without a readable one."""
+  image = next((part for part in document.parts if isinstance(part, Image)), None) \
+    if document else None
+  if image is None:
+    return None
   try:
     pixels = images.decode(image.data) if isinstance(image.data, bytes) else image.data
   except BadExample:

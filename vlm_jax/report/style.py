@@ -66,6 +66,7 @@ border:1px solid var(--line);border-radius:8px;padding:8px 12px;max-height:11.5e
 .tokens span{border-bottom:3px solid var(--k);margin-right:1px}
 .tokens .k-image{background:var(--k);color:#fff;border-radius:4px;padding:1px 6px;border:0}
 .card{display:flex;gap:14px}.card>div{min-width:0}
+.maps{display:grid;gap:14px;margin-top:14px}
 .pixel{width:96px;height:96px;object-fit:contain;image-rendering:pixelated;border-radius:6px;flex:none}
 .card p{margin:0 0 2px}.asked{color:var(--soft)}.yes,.no{font-weight:600;font-size:1.05rem}
 .yes{color:var(--c2)}.no{color:var(--c1)}.card .muted{font-size:.85rem}

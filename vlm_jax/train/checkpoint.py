@@ -7,22 +7,19 @@ digests of its arrays and documents; `restore` verifies it, moves a damaged chec
 takes the previous one.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
+from vlm_jax.core import digest
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.typing import Params
 from vlm_jax.train.state import State
@@ -207,41 +204,11 @@ def load_params(path: Path, abstract: Params, step: int | None = None) -> tuple[
 
 def make_manifest(tree: Any, documents: dict[str, Any]) -> dict[str, Any]:
   """What a checkpoint must contain: digests of all arrays and JSON documents, and its own."""
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
   manifest = {
-    "arrays": dict(zip(names, _entries([leaf for _, leaf in flat]), strict=True)),
-    "documents": {name: _text_digest(value) for name, value in documents.items()},
+    "arrays": digest.of_arrays(tree),
+    "documents": {name: digest.of_json(value) for name, value in documents.items()},
   }
-  return manifest | {"digest": _text_digest(manifest)}
-
-
-def _entries(leaves: list) -> list[dict]:
-  """Shape, dtype and digest of every array; hashing releases the interpreter, so in threads."""
-
-  def entry(leaf: Any) -> dict:
-    shape, dtype = list(np.shape(leaf)), str(np.dtype(leaf.dtype))
-    host = np.ascontiguousarray(_host(leaf))
-    digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
-    digest.update(host.reshape(-1).view(np.uint8).data)
-    return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
-
-  if jax.process_count() > 1:
-    return [entry(leaf) for leaf in leaves]  # collectives must run in one order on all hosts
-  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    return list(pool.map(entry, leaves))
-
-
-def _host(leaf: Any) -> np.ndarray:
-  """The whole array on this host; one at a time, so a gather never holds more than one leaf."""
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-  return np.asarray(leaf)
-
-
-def _text_digest(value: Any) -> str:
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+  return manifest | {"digest": digest.of_json(manifest)}
 
 
 def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dict, dict, dict]:
@@ -262,11 +229,11 @@ def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dic
   json_item = lambda name: read_item(manager, step, name, ocp.args.JsonRestore())
   manifest = json_item("manifest")
   own = manifest.pop("digest", None) if isinstance(manifest, dict) else None
-  if own is None or own != _text_digest(manifest):
+  if own is None or own != digest.of_json(manifest):
     raise Corrupt("its manifest is damaged")
   documents = {name: json_item(name) for name in ("data", "meta")}
   for name, value in documents.items():
-    if _text_digest(value) != manifest["documents"][name]:
+    if digest.of_json(value) != manifest["documents"][name]:
       raise Corrupt(f"'{name}' is not what was written")
   _same_model(manifest["arrays"], abstract, step)
   tree = {name: read_item(manager, step, name, ocp.args.StandardRestore(item))

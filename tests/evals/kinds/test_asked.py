@@ -1,12 +1,18 @@
 """The kinds whose answers are text: what is said is scored as their metric scores it."""
 
+import json
+
 import numpy as np
 import pytest
 
+from tests.data.broken_source import png
 from tests.evals.tiny_source import CAPTIONS, RECORDS
+from vlm_jax.configs import base
+from vlm_jax.data import pipeline
 from vlm_jax.evals import asking
-from vlm_jax.evals.kinds import anls, caption, find_kind, pope, relaxed, vqa
+from vlm_jax.evals.kinds import anls, caption, find_kind, measure, pope, relaxed, vqa
 from vlm_jax.evals.metrics import captions, ptb
+from vlm_jax.generate.decode import Generated
 
 
 def rows_of(*pairs):
@@ -29,6 +35,41 @@ def test_scores_are_those_of_the_metric():
   for kind in (anls, relaxed, pope, vqa):
     numbers = kind.score(rows_of(("yes", ["yes"]), ("1", ["no"]), ("no", ["2"])), 0)
     assert numbers["low"] <= numbers[kind.MAIN] <= numbers["high"] and numbers[kind.UNIT] == 3
+
+
+def test_ten_answers_of_a_source_are_scored_officially(setup, tmp_path, monkeypatch):
+  """Five said "two", two said "2", three "red": what a model that says "2" earns, and "Red."."""
+  said = ["two"] * 5 + ["2"] * 2 + ["red"] * 3
+  (tmp_path / "000000000001.jpg").write_bytes(png(1, 16))
+  (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2017", "questions": [
+    {"image_id": 1, "question_id": k, "question": "why"} for k in (1, 2)]}))
+  (tmp_path / "a.json").write_text(json.dumps({"annotations": [
+    {"question_id": k, "image_id": 1, "multiple_choice_answer": "two",
+     "answers": [{"answer": one, "answer_id": i} for i, one in enumerate(said)]}
+    for k in (1, 2)]}))
+  config = setup[0].copy_and_resolve_references()
+  config.data.sources.vqa = base.source(name="vqav2", path=str(tmp_path / "q.json"),
+                                        annotations=str(tmp_path / "a.json"))
+  config.evals.look.update({"source": "vqa", "form": "fan_out", "controls": ()})
+  words = pipeline.load_tokenizer(config)
+
+  def say(config, params, prompts, *, max_tokens, stop):
+    """The first question of a row is answered "2", the second "Red."."""
+    shape = (*prompts.ends.shape, max_tokens)
+    tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
+    for turn, text in enumerate(("2", "Red.")):
+      ids = words.encode(text)
+      tokens[:, turn, : len(ids)], lengths[:, turn] = ids, len(ids)
+    return Generated(tokens, lengths, lengths > 0, np.zeros(shape), np.int32(1))
+
+  monkeypatch.setattr(asking, "generate", say)
+  numbers, predictions = measure(vqa, config, setup[1], config.evals.look, "train")
+  # "two" is 2, so every one of the ten finds three others; of red's three each finds two.
+  assert [row["score"] for row in predictions[""]] == pytest.approx([1, (7 * 1 + 3 * 2 / 3) / 10])
+  assert [list(row["answers"]) for row in predictions[""]] == [said, said]
+  # Twin: with the one answer that is learned the second would earn nothing.
+  assert vqa.score(rows_of(("Red.", ["two"])), 0)["accuracy"] == 0
+  assert numbers["accuracy"] == pytest.approx(0.95)
 
 
 def test_captions_are_scored_as_a_corpus():

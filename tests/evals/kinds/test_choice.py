@@ -125,7 +125,7 @@ def test_letters_end_to_end(setup, monkeypatch):
             for one in letters]
 
   config = changed(setup[0], options="letters", controls=())
-  monkeypatch.setattr(choice, "_option_scores", say_b)
+  monkeypatch.setattr(choice, "of_branches", say_b)
   numbers, predictions = choice.run(config, setup[1], config.evals.look, "test")
   assert 0 < numbers["accuracy"] < 1 and numbers["circular"] == numbers["circular_high"] == 0
   assert {row["prediction"] for row in predictions[""]} == {OPTIONS[1]}

@@ -1,6 +1,7 @@
 """VQAv2 (arXiv:1612.00837): a JSON of questions (path) and one of their answers (annotations).
 
-The answer is `multiple_choice_answer`, the one most annotators gave. A record is an image with all
+The answer that is learned is `multiple_choice_answer`, the one most annotators gave; evaluations
+score against all `answers`, when the file has them. A record is an image with all
 its questions. Images are named as COCO names them, after the files' `data_subtype`:
 COCO_val2014_000000000042.jpg, or 000000000042.jpg when it is not one of 2014.
 
@@ -10,6 +11,7 @@ Forms:
   single        one document a question
 """
 
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -41,26 +43,32 @@ def reader(entry: ConfigDict, split: str) -> Sequence[Record]:
     subtype = str(value.get("data_subtype", ""))
     prefix = f"COCO_{subtype}_" if subtype.endswith("2014") else ""
     try:
-      known = {one["question_id"]: one["multiple_choice_answer"] for one in said["annotations"]}
+      known = {one["question_id"]: _answers(one) for one in said["annotations"]}
       for one in value["questions"]:
         name = f"{prefix}{int(one['image_id']):012d}.jpg"
         record = records.setdefault((asked, one["image_id"]), {
           "key": name, "image": name, "questions": []})
-        record["questions"].append((one["question"], known.get(one["question_id"])))
+        record["questions"].append((one["question"], *known.get(one["question_id"], (None, ()))))
     except (KeyError, TypeError, ValueError) as error:
       raise DataError(f"{asked} or {answered}: {type(error).__name__} {error}; expected {EXPECTS}"
                       ) from error
   return list(records.values())
 
 
+def _answers(annotation: dict) -> tuple[str, tuple[str, ...]]:
+  """The answer that most gave, and what everybody said; equal strings are one in memory."""
+  everybody = (str(one["answer"]) for one in annotation.get("answers", ()))
+  return annotation["multiple_choice_answer"], tuple(map(sys.intern, everybody))
+
+
 def parts(record: Record, form: str) -> list[Parts]:
   """The documents of one image; see the module for the forms."""
   image, pairs = Image(record["image"]), record["questions"]
-  if not all(isinstance(text, str) for pair in pairs for text in pair):
+  if not all(isinstance(text, str) for pair in pairs for text in pair[:2]):
     raise BadExample("wrong_record", "a question has no answer in the annotations")
   turns = lambda branch, pair: (
     Text(pair[0].strip(), "user", branch=branch),
-    Text(pair[1].strip(), "assistant", loss=True, branch=branch)
+    Text(pair[1].strip(), "assistant", loss=True, branch=branch, answers=pair[2])
   )
   if form == "single":
     return [(image, *turns(0, pair)) for pair in pairs]

@@ -4,10 +4,13 @@ A kind offers
 
     MAIN   the number that one line for people shows, with its interval "low", "high"
     UNIT   what is counted: the name of a count among the numbers
-    run(config, params, entry, split) -> (numbers, predictions)
 
-and, when it asks questions whose answers are text, score(rows, seed) -> numbers: the same scores
-for predictions that are read from a file.
+and one of the two, or both:
+
+    score(rows, seed) -> numbers
+           for answers in words, of the model or read from a file; rows are those of `asking.ask`
+    run(config, params, entry, split) -> (numbers, predictions)
+           when questions are not simply asked and their answers scored, see `asking.run`
 """
 
 from typing import Any, Protocol, cast
@@ -16,6 +19,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.fusion import find
 from vlm_jax.core.typing import Params
+from vlm_jax.evals import asking
 
 
 class Kind(Protocol):
@@ -25,11 +29,15 @@ class Kind(Protocol):
   MAIN: str
   UNIT: str
 
-  def run(self, config: ConfigDict, params: Params, entry: ConfigDict, split: str
-          ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """Measures one source: numbers, and rows of predictions by control ("": no control)."""
-
 
 def find_kind(name: str, outside: bool = True) -> Kind:
   """The kind called `name`, or a user's own by its dotted name; else UsageError."""
   return cast(Kind, find("evals.kinds", name, outside=outside))
+
+
+def measure(kind: Any, config: ConfigDict, params: Params, entry: ConfigDict, split: str
+            ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+  """Measures one source: numbers, and rows of predictions by control ("": no control)."""
+  if hasattr(kind, "run"):
+    return kind.run(config, params, entry, split)
+  return asking.run(config, params, entry, split, kind.score)

@@ -26,13 +26,11 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Text
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
-from vlm_jax.evals.likelihood import of_layouts
+from vlm_jax.evals.likelihood import of_branches
 from vlm_jax.evals.questions import branches
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
-from vlm_jax.generate.prompts import layouts
 
 MAIN, UNIT = "accuracy", "questions"
 OPTIONS = ("text", "letters")
@@ -210,8 +208,8 @@ def decide(config: ConfigDict, params: Params, entry: ConfigDict, split: str, im
     encoded += [asked]
   if not choices:
     raise opened.nothing("choice")
-  scores = iter(_option_scores(config, params, [one for asked in encoded for one in asked],
-                               entry.batch))
+  scores = iter(of_branches(config, params, [one for asked in encoded for one in asked],
+                            entry.batch))
   rows = [_row(choice, [next(scores) for _ in asked], entry.options == "letters")
           for choice, asked in zip(choices, encoded, strict=True)]
   return rows, opened.bad
@@ -224,45 +222,6 @@ def _encode(document: Document, opened: Split) -> Encoded:
                 for part in document.parts)
   return template.encode(dataclasses.replace(document, parts=parts), opened.tokenizer,
                          opened.decode_image)
-
-
-def _option_scores(config: ConfigDict, params: Params, documents: list[Encoded], rows: int
-                   ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """For each document the log p f64[options] of its options, and their tokens i64[options]."""
-  module = find_fusion(config)
-  classes = f"masks/{module.STREAM}/q_class"
-  together = classes in module.fields(config)
-  pieces = documents if together else [one for document in documents for one in _alone(document)]
-  laid_out = layouts(pieces, config)
-  found: list[Any] = [None] * len(pieces)
-  for index, log_p, predicted in of_layouts(config, params, laid_out, rows):
-    found[index] = _by_branch(laid_out[index].arrays.get(classes), log_p.astype(np.float64),
-                              predicted)
-  if together:
-    return found
-  supply = iter(found)
-  counts = [len({part.branch for part in document.parts if getattr(part, "branch", 0)})
-            for document in documents]
-  return [tuple(np.concatenate(both) for both in
-                zip(*(next(supply) for _ in range(count)), strict=True)) for count in counts]
-
-
-def _by_branch(classes: np.ndarray | None, log_p: np.ndarray, predicted: np.ndarray
-               ) -> tuple[np.ndarray, np.ndarray]:
-  """Sums over the predicted slots of every branch that has some; classes None: one branch."""
-  branch = (np.zeros(len(log_p), np.int32) if classes is None else classes)[predicted]
-  numbers = np.unique(branch)
-  sums = np.array([log_p[predicted][branch == number].sum() for number in numbers])
-  return sums, np.array([(branch == number).sum() for number in numbers])
-
-
-def _alone(document: Encoded) -> list[Encoded]:
-  """A plain document for every branch, with the trunk and without the siblings."""
-  numbers = sorted({part.branch for part in document.parts if getattr(part, "branch", 0)})
-  plain = lambda part: dataclasses.replace(part, branch=0) if hasattr(part, "branch") else part
-  return [dataclasses.replace(document, parts=tuple(
-    plain(part) for part in document.parts if getattr(part, "branch", 0) in (0, number)))
-    for number in numbers]
 
 
 def _row(choice: Choice, scored: list[tuple[np.ndarray, np.ndarray]], letters: bool) -> dict:

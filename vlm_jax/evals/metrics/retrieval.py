@@ -22,6 +22,15 @@ def recall_at(similarity: np.ndarray, owners: np.ndarray, ks: Sequence[int] = (1
   Raises:
     ValueError: shapes that do not fit, an image without a text, or a similarity that is not finite.
   """
+  found = dict(zip(("image_to_text", "text_to_image"), strangers(similarity, owners), strict=True))
+  return {f"{way}@{k}": float((before < k).mean()) for way, before in found.items() for k in ks}
+
+
+def strangers(similarity: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """How many strangers are at least as similar as one's own: i[images] texts, i[texts] images.
+
+  Args and errors as of `recall_at`.
+  """
   similarity, owners = np.asarray(similarity), np.asarray(owners)
   images, texts = similarity.shape
   if owners.shape != (texts,) or set(np.unique(owners)) != set(range(images)):
@@ -30,8 +39,5 @@ def recall_at(similarity: np.ndarray, owners: np.ndarray, ks: Sequence[int] = (1
     raise ValueError("recall_at: the similarity is not finite everywhere")
   own = owners == np.arange(images)[:, None]
   best = np.where(own, similarity, -np.inf).max(1, keepdims=True)
-  found = {"image_to_text": ((similarity >= best) & ~own).sum(1),
-           "text_to_image": ((similarity >= similarity[own.T.argmax(1), np.arange(texts)])
-                             & ~own).sum(0)}
-  return {f"{way}@{k}": float((strangers < k).mean())
-          for way, strangers in found.items() for k in ks}
+  mine = similarity[owners, np.arange(texts)]
+  return ((similarity >= best) & ~own).sum(1), ((similarity >= mine) & ~own).sum(0)

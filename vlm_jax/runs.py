@@ -1,11 +1,22 @@
-"""A run directory back to a config and parameters: for commands that use a run, and notebooks."""
+"""A run directory back to a config and parameters: for commands that use a run, and notebooks.
+
+A run of an older version lacks the fields that were added since. What does not decide the model is
+taken from `configs/base.py`; a field that does is never guessed.
+"""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from vlm_jax.configs import base
+from vlm_jax.core.errors import UsageError
+
+MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
+COMPUTED = ("remat", "unroll")  # but for these, which only decide how it is computed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +59,9 @@ def open_config(workdir: str, root: str | None = None,
   Raises:
     UsageError: not a run directory.
   """
-  from vlm_jax.train.workdir import load_config
-
-  config = load_config(workdir, outside=outside)
-  if root:
-    config.data.root = root
+  config = frozen(workdir, root, outside)
   import jax
 
-  from vlm_jax.configs import base
   from vlm_jax.core.fusion import find_fusion
   from vlm_jax.core.mesh import make_mesh
   from vlm_jax.train import loop, state
@@ -66,6 +72,53 @@ def open_config(workdir: str, root: str | None = None,
   _, leaves = state.initializer(find_fusion(config), config)
   abstract = state.abstract_params(leaves, make_mesh(config, jax.devices()[:1]))
   return config.lock(), lambda step: load_params(checkpoints(workdir), abstract, step)
+
+
+def frozen(workdir: str | Path, root: str | None = None, outside: bool = False) -> ConfigDict:
+  """The frozen config of a run with every field there is now; says in a line what it filled in.
+
+  Raises:
+    UsageError: not a run directory, or it lacks a field that decides the model.
+  """
+  from vlm_jax.train.workdir import load_config
+
+  config = load_config(workdir, outside=outside)
+  path = Path(workdir) / "config.json"
+  if filled := fill(config, str(path)):
+    print(f"{path} is of an older version; from configs/base.py: {', '.join(filled)}",
+          file=sys.stderr)
+  if root:
+    config.data.root = root
+  return config
+
+
+def fill(config: ConfigDict, path: str) -> list[str]:
+  """Adds the fields of `configs/base.py` that a config lacks, and returns them as "name=value".
+
+  Raises:
+    UsageError: one of them decides the model; the sentence names `path`, where it belongs.
+  """
+  models, filled = {"data.sources": base.source(), "evals": base.evaluation()}, []
+
+  def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
+    if prefix in models:
+      for name in node:
+        visit(node[name], models[prefix], f"{prefix}.{name}")
+      return
+    for name, default in model.items():
+      field = f"{prefix}.{name}" if prefix else name
+      if name in node:
+        if isinstance(default, ConfigDict):
+          visit(node[name], default, field)
+        continue
+      if field.split(".")[0] in MODEL and name not in COMPUTED:
+        raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
+                         f"there as it was in the version that trained it (now: {default!r})")
+      node[name] = default
+      filled.append(f"{field}={default!r}" if not isinstance(default, ConfigDict) else field)
+
+  visit(config, base.get_config(), "")
+  return filled
 
 
 def checkpoints(workdir: str) -> Path:

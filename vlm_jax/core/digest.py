@@ -1,0 +1,42 @@
+"""Digests of arrays and of JSON values: whether something is still what it was."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def of_json(value: Any) -> str:
+  """The digest of a JSON value; the order of keys does not count."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def of_arrays(tree: Any) -> dict[str, dict[str, Any]]:
+  """Path to {"shape", "dtype", "digest"} of every array of a tree; it may be spread over hosts."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+  leaves = [leaf for _, leaf in flat]
+  if jax.process_count() > 1:  # collectives must run in one order on all hosts
+    return dict(zip(names, map(_entry, leaves), strict=True))
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter
+    return dict(zip(names, pool.map(_entry, leaves), strict=True))
+
+
+def _entry(leaf: Any) -> dict[str, Any]:
+  shape, dtype = list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+  digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
+  digest.update(np.ascontiguousarray(_host(leaf)).reshape(-1).view(np.uint8).data)
+  return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
+
+
+def _host(leaf: Any) -> np.ndarray:
+  """The whole array on this host; one at a time, so a gather never holds more than one leaf."""
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  return np.asarray(leaf)
