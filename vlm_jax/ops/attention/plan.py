@@ -39,6 +39,11 @@ class AttentionPlan:
     """f32[B], query-key pairs in active blocks: what a blocked kernel computes."""
     return self.k_count.sum(-1).astype(jnp.float32) * (self.block_q * self.block_k)
 
+  def active_flops(self, heads: int, width: int) -> Array:
+    """f32[B], FLOPs of the forward pass over active blocks, H heads of width C; 2.5 times that
+    for the gradients. The share of `4 * H * C * mask.dense().sum()` in it was not wasted."""
+    return 4.0 * heads * width * self.active_pairs()
+
 
 def pad_mask(mask: IntervalMask, num_keys: int, block_q: int, block_k: int) -> IntervalMask:
   """The mask with T and S padded to multiples of the blocks: new queries see nothing, new keys are
@@ -60,13 +65,24 @@ def pad_mask(mask: IntervalMask, num_keys: int, block_q: int, block_k: int) -> I
   )
 
 
+def block_sizes(length: int, keys: int, platform: str) -> tuple[int, int]:
+  """Block sizes of queries and keys that suit T queries and S keys on a platform.
+
+  A CPU's cores share a product from about 512 x 256 on (heads of a group lie below each other);
+  accelerators want more work for each step than 128 x 128.
+  """
+  most = (128, 256) if platform == "cpu" else (512, 512)
+  even = lambda size, most: min(most, -(-size // 8) * 8)
+  return even(length, most[0]), even(keys, most[1])
+
+
 def make_plan(mask: IntervalMask, num_keys: int, *, block_q: int, block_k: int) -> AttentionPlan:
   """Classifies the blocks of a mask.
 
   Args:
     mask: fields [B,T] and [B,S].
     num_keys: S.
-    block_q, block_k: block sizes.
+    block_q, block_k: block sizes, see `block_sizes`.
 
   Returns:
     The plan; O(B * T * S / block_k) comparisons, no [T,S] array.
