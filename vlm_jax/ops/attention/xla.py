@@ -224,14 +224,13 @@ def _attend_backward(scale, soft_cap, residuals, grads):
   """Gradients of out and lse to those of the inputs; every sum has a fixed order."""
   x, mask, plan, out, lse = residuals
   walk = _Walk(x, mask, plan, scale, soft_cap)
-  inner = (out.astype(jnp.float32) * grads[0].astype(jnp.float32)).sum(-1) - grads[1]
   lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
   spread = lambda tile: tile.reshape(walk.heads, *walk.block)
 
   def block(sums, args):
-    number, q, above, lse, inner, own = args
-    q, above, lse, inner = map(walk.tile, (q.astype(walk.dtype), above.astype(walk.dtype), lse,
-                                           inner))
+    number, q, above, out, lse, grad_lse, own = args
+    inner = walk.tile((out.astype(jnp.float32) * above.astype(jnp.float32)).sum(-1) - grad_lse)
+    q, above, lse = map(walk.tile, (q.astype(walk.dtype), above.astype(walk.dtype), lse))
 
     def window(step, carry):
       grad_q, sums = carry
@@ -262,8 +261,8 @@ def _attend_backward(scale, soft_cap, residuals, grads):
   zeros = jnp.zeros(walk.k.swapaxes(2, 3).shape, jnp.float32)
   sums = {"k": zeros, "v": zeros, "bias": biases.zeros(walk.bias),
           "k_bias": None if x.k_bias is None else jnp.zeros(walk.k_bias.shape, jnp.float32)}
-  rows = (walk.split(x.q), walk.split(grads[0]), walk.split(lse), walk.split(inner), walk.queries)
-  sums, grad_q = lax.scan(block, sums, (jnp.arange(len(walk.count)), *rows))
+  rows = map(walk.split, (x.q, grads[0], out, lse, grads[1]))
+  sums, grad_q = lax.scan(block, sums, (jnp.arange(len(walk.count)), *rows, walk.queries))
   back = lambda total: total[..., : walk.keys].transpose(0, 3, 1, 2).astype(x.k.dtype)
   k_bias = None if x.k_bias is None else sums["k_bias"][:, : walk.keys].astype(x.k_bias.dtype)
   return _Inputs(walk.join(grad_q), back(scale * sums["k"]), back(sums["v"]),
