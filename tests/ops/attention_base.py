@@ -146,7 +146,7 @@ def oracle(x: dict, mask: IntervalMask, soft_cap=None, broken: str = ""):
   x = {name: value if value is None or name == "bias" else np.asarray(value, np.float64)
        for name, value in x.items()}
   q, k, v = x["q"], x["k"], x["v"]
-  (batch, length, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+  (batch, _, heads, width), (keys, groups) = q.shape, k.shape[1:3]
   repeats, scale = heads // groups, q.shape[-1] ** -0.5
   if broken == "groups_swapped":
     k, v = k[:, :, ::-1], v[:, :, ::-1]

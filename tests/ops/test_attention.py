@@ -1,4 +1,4 @@
-"""Every implementation against the oracle in float64: values, lse and gradients, on random packs."""
+"""Every implementation against the float64 oracle: values, lse, gradients, on random packs."""
 
 import dataclasses
 

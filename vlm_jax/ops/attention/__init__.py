@@ -23,7 +23,7 @@ from vlm_jax.ops.attention.plan import AttentionPlan, block_sizes, make_plan
 from vlm_jax.ops.attention.request import Request, platform
 
 __all__ = ["ORDER", "AttentionPlan", "Bias", "DistanceBias", "Request", "attention", "block_sizes",
-           "choose", "make_plan", "merge", "platform"]
+           "check", "choose", "make_plan", "merge", "platform"]
 
 ORDER: Mapping[str, ModuleType] = MappingProxyType({"xla": xla, "dense": dense})
 
@@ -97,6 +97,7 @@ def attention(
     UsageError: the named implementation is unknown or declines.
   """
   check.shapes(q, k, v, mask, plan, bias, k_bias)
+  check.data(mask, k.shape[1], plan)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   run = functools.partial(_run, scale=scale, soft_cap=soft_cap, implementation=implementation)
   out, lse = _on_mesh(run, q, k, bias)(q, k, v, mask, plan, bias, k_bias)

@@ -1,12 +1,16 @@
 """What `attention` refuses, in one sentence each: at trace time, or with the data in debug mode."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from jax.experimental import checkify
 
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.typing import Array
 from vlm_jax.ops.attention.bias import Bias, DistanceBias
-from vlm_jax.ops.attention.plan import AttentionPlan
+from vlm_jax.ops.attention.plan import AttentionPlan, make_plan
 
 FIELDS = ("lo", "hi", "q_class", "k_class", "k_index")
 
@@ -35,6 +39,10 @@ def shapes(q: Array, k: Array, v: Array, mask: IntervalMask, plan: AttentionPlan
     if field is None:
       continue
     expected = (batch, keys if name.startswith("k") else length)
+    if field.ndim == 3 and name.endswith("class"):
+      raise ValueError(f"attention: mask.{name} has {field.shape[2]} classes for each token; the "
+                       "rule has one, so attend to disjoint keys under one mask each and `merge` "
+                       "the parts")
     if field.shape != expected:
       raise ValueError(f"attention: mask.{name} must be {expected}, got {field.shape}")
     if field.dtype != jnp.int32:
@@ -42,8 +50,8 @@ def shapes(q: Array, k: Array, v: Array, mask: IntervalMask, plan: AttentionPlan
   if plan is not None:
     blocks = (batch, -(-length // plan.block_q), -(-keys // plan.block_k))
     if plan.kinds.shape != blocks:
-      raise ValueError(f"attention: plan.kinds of {batch} rows, {length} queries and {keys} keys in "
-                       f"blocks of {plan.block_q} x {plan.block_k} must be {blocks}, got "
+      raise ValueError(f"attention: plan.kinds of {batch} rows, {length} queries and {keys} keys "
+                       f"in blocks of {plan.block_q} x {plan.block_k} must be {blocks}, got "
                        f"{plan.kinds.shape}; the plan is of another mask")
   if k_bias is not None and k_bias.shape != (batch, keys):
     raise ValueError(f"attention: k_bias [B,S] must be {(batch, keys)}, got {k_bias.shape}")
@@ -66,36 +74,50 @@ def _bias(bias: Bias | None, batch: int, length: int, heads: int, keys: int) -> 
                        f"{bias.shape}")
 
 
-def data(mask: IntervalMask, keys: int, plan: AttentionPlan | None = None) -> None:
-  """Checks what only the data shows; for debugging, under `checkify.checkify`.
+_DEBUG = contextvars.ContextVar("debug", default=False)
 
-      checked = checkify.checkify(lambda mask, plan: check.data(mask, keys, plan))
-      error, _ = jax.jit(checked)(mask, plan)
-      error.throw()
+
+@contextlib.contextmanager
+def debug() -> Iterator[None]:
+  """While it lasts, what is traced through `attention` also checks its data, see `data`.
+
+  with check.debug():
+    error, out = jax.jit(checkify.checkify(step))(batch)
+  error.throw()
+  """
+  token = _DEBUG.set(True)
+  try:
+    yield
+  finally:
+    _DEBUG.reset(token)
+
+
+def data(mask: IntervalMask, keys: int, plan: AttentionPlan | None = None) -> None:
+  """In debug mode, checks what only the data shows, by checkify.
+
+  An interval outside the keys, a class that is none, a plan of another mask: sentences like those
+  of `shapes`, thrown by `checkify`'s error.
 
   Args:
     mask: fields i32[B,T] and i32[B,S].
     keys: S.
-    plan: of this mask, or None.
+    plan: said to be of this mask, or None.
   """
-  seen = mask.lo < mask.hi
-  least, most = 0, keys
-  if mask.k_index is not None:
-    real = mask.k_index != NEVER
-    checkify.check((mask.k_index >= 0).all(), "attention: mask.k_index must not be negative "
-                   "(core.mask.NEVER makes a key that nobody sees)")
-    # Dropped and cached keys leave gaps: an interval may go past the last one that is there.
-    most = NEVER
-    checkify.check(real.any() | ~seen.any(), "attention: mask.k_index has no key, and queries see "
-                   "some: the mask is of another batch")
-  inside = ~seen | ((mask.lo >= least) & (mask.hi <= most))
+  if not _DEBUG.get():
+    return
+  # With an index of their own, keys may have gaps where some were dropped or are not cached yet.
+  most = keys if mask.k_index is None else int(NEVER)
+  inside = (mask.lo >= mask.hi) | ((mask.lo >= 0) & (mask.hi <= most))
   query = jnp.argmin(inside.reshape(-1))
-  checkify.check(inside.all(), "attention: mask.lo and mask.hi must lie in [0, {most}], query {query} "
-                 "(counted over all rows) sees [{lo}, {hi})", most=jnp.int32(most), query=query,
+  checkify.check(inside.all(), f"attention: mask.lo and mask.hi must lie in [0, {most}], query "
+                 "{query} (counted over all rows) sees [{lo}, {hi})", query=query,
                  lo=mask.lo.reshape(-1)[query], hi=mask.hi.reshape(-1)[query])
-  if mask.q_class is not None:
-    checkify.check((mask.q_class >= -1).all(), "attention: mask.q_class must be a class, 0 (sees "
-                   "all) or -1 (sees class 0 only), got {least}", least=mask.q_class.min())
-  if mask.k_class is not None:
-    checkify.check((mask.k_class >= 0).all(), "attention: mask.k_class must not be negative, got "
-                   "{least}", least=mask.k_class.min())
+  for name, least in (("q_class", -1), ("k_class", 0), ("k_index", 0)):
+    field = getattr(mask, name)
+    if field is not None:
+      checkify.check((field >= least).all(), f"attention: mask.{name} must be {least} or more, got "
+                     "{got}", got=field.min())
+  if plan is not None:
+    kinds = make_plan(mask, keys, block_q=plan.block_q, block_k=plan.block_k).kinds
+    checkify.check((kinds == plan.kinds).all(), "attention: the plan is of another mask, "
+                   "{count} of its blocks differ", count=(kinds != plan.kinds).sum())

@@ -1,4 +1,4 @@
-"""What an implementation is asked to do, and where; all that it decides by is known at trace time."""
+"""What an implementation is asked to do, and where: all of it is known at trace time."""
 
 import dataclasses
 

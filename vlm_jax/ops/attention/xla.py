@@ -62,7 +62,7 @@ def attend(
 
 
 def _windows(mask: IntervalMask, plan: AttentionPlan, keys: int) -> tuple[Array, Array]:
-  """Which keys each block of queries meets: `block_k` at a time from i32[B*Q,K], the first i32[B*Q].
+  """Which keys a block of queries meets: `block_k` from each of i32[B*Q,K], the first i32[B*Q].
 
   These are the plan's active blocks. Keys in their own order need not be met at multiples of the
   block: from the first key that a block of queries sees, there are fewer windows to its last one.
