@@ -111,4 +111,8 @@ def test_no_array_of_queries_times_keys():
 
 def test_block_sizes_fit_what_is_short():
   assert block_sizes(10, 33, "cpu") == (16, 40)
-  assert block_sizes(8192, 8192, "tpu")[0] > 128
+  assert block_sizes(10, 8192, "tpu") == (128, 512)
+  # A product of a tile has rows for all cores, whatever the number of heads that share keys.
+  for sharing in (1, 2, 4, 8):
+    block_q, block_k = block_sizes(8192, 8192, "cpu", sharing)
+    assert block_q * sharing * block_k >= 2**17

@@ -80,7 +80,8 @@ def block_sizes(length: int, keys: int, platform: str, sharing: int = 1) -> tupl
     most = (64, 128)
   else:
     most = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 256)
-  even = lambda size, most: min(most, -(-size // 8) * 8)
+  unit = 8 if platform == "cpu" else 128
+  even = lambda size, most: min(most, -(-size // unit) * unit)
   return even(length, most[0]), even(keys, most[1])
 
 

@@ -23,21 +23,19 @@ from vlm_jax.ops.attention.plan import EMPTY, AttentionPlan
 from vlm_jax.ops.attention.request import Request, platform
 
 MASKED = -1e30  # finite: MASKED - MASKED must not be nan
-FEW = 16  # queries below which the whole matrix is small, and a loop over blocks only costs
 
 
 def declines(request: Request) -> str | None:
-  """Needs a plan of this mask; leaves what has nothing to skip to dense."""
+  """Needs a plan of this mask; leaves short rows, where nothing can be skipped, to dense."""
   plan, (batch, length, *_), keys = request.plan, request.q_shape, request.k_shape[1]
   if plan is None:
     return "it needs an AttentionPlan and none was made"
   wanted = (batch, -(-length // plan.block_q), -(-keys // plan.block_k))
   if plan.kinds.shape != wanted:
     return f"the plan is of {plan.kinds.shape} blocks, and these arrays have {wanted}"
-  if not request.asked and length < FEW:
-    return f"{length} queries are too few for blocks"
-  if not request.asked and keys <= plan.block_k:
-    return f"{keys} keys are one block of {plan.block_k}: there is nothing to skip"
+  if not request.asked and (length <= plan.block_q or keys <= plan.block_k):
+    return (f"{length} x {keys} is one block of {plan.block_q} x {plan.block_k} wide or high: "
+            "there is nothing to skip")
   return None
 
 
@@ -168,7 +166,6 @@ class _Walk:
     if index is None:
       index = at.k_start + jnp.arange(self.block[1], dtype=jnp.int32)
     seen = IntervalMask(own.lo, own.hi, own.q_class, pick(self.k_class), index).dense()
-    # Added, not selected: it is computed once for all heads.
     more = jnp.where(seen, 0.0, MASKED)
     if self.k_bias is not None:
       more += pick(self.k_bias).astype(jnp.float32)
@@ -179,7 +176,7 @@ class _Walk:
 
 
 def _forward(x: _Inputs, mask, plan, scale, soft_cap) -> tuple[Array, Array]:
-  """out f[B,T,H,C], and lse f32[B*Q,G,M] with 0 for queries that see nothing."""
+  """out f[B,T,H,C] and lse f32[B,T,H]."""
   walk = _Walk(x, mask, plan, scale, soft_cap)
 
   def block(args):
