@@ -24,7 +24,9 @@ from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.fusion import find_fusion
 
-TOLERANCE = 1e-5
+# As of gradients elsewhere: those of nearly uniform attention are small differences of large
+# numbers, where another order of sums was seen to change 1.3e-5 of a parameter's largest.
+TOLERANCE = 2e-5
 MESHES = [(2, 2, 2)]  # every axis at once
 ALL_MESHES = [*MESHES, (8, 1, 1), (1, 8, 1), (1, 4, 2)]
 ROWS = 8

@@ -6,6 +6,7 @@ of it is packed and measured.
 
 import argparse
 import collections
+import functools
 import json
 import math
 from typing import Any
@@ -127,11 +128,13 @@ def flops(work: Any, data: dict | str) -> dict[str, float]:
 def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
   """For training rows: which implementation runs each mask and the tower, and why not others."""
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
   from vlm_jax.core.fusion import find_fusion, find_tower
   from vlm_jax.core.layout import mask_axes
   from vlm_jax.core.mask import full
+  from vlm_jax.nn.attention import make_context
   from vlm_jax.ops import attention
 
   module, tower, llm = find_fusion(config), find_tower(config), config.llm
@@ -146,13 +149,17 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
   rows = {}
   for name, (length, keys, heads, groups, width) in shapes.items():
     mask = jax.tree.map(lambda field: np.asarray(field)[None], full(length))
-    blocks = {"block_q": config.attention.block_q, "block_k": config.attention.block_k}
-    plan = jax.eval_shape(lambda mask, s=keys, b=blocks: attention.make_plan(mask, s, **b), mask)
-    chosen, refused = attention.choose((1, length, heads, width), (1, keys, groups, width), plan,
-                                       config.attention.implementation,
-                                       name in getattr(module, "BIASED", ()))
+    context = functools.partial(make_context, rotation=None, sharing=heads // groups, keys=keys,
+                                blocks=(config.attention.block_q, config.attention.block_k))
+    plan = jax.eval_shape(context, mask).plan
+    # The layout may also write classes, which every implementation takes.
+    request = attention.Request(
+      q_shape=(1, length, heads, width), k_shape=(1, keys, groups, width), plan=plan,
+      dtype=jnp.dtype(config.precision.compute), has_bias=name in getattr(module, "BIASED", ()))
+    chosen, refused = attention.choose(request, config.attention.implementation)
     rows[name] = {"length": length, "keys": keys, "heads": heads, "groups": groups,
-                  "head_dim": width, "implementation": chosen, "refused": refused}
+                  "head_dim": width, "implementation": chosen, "refused": refused,
+                  "blocks": [plan.block_q, plan.block_k]}
   return rows
 
 
@@ -179,6 +186,7 @@ def render(plan: dict[str, Any]) -> str:
   lines += ["", f"FLOPs of a step, forward and backward: {parts}", "", "attention"]
   for name, row in plan["attention"].items():
     lines.append(f"  {name:<8}{row['length']} x {row['keys']}, {row['heads']} heads in "
-                 f"{row['groups']} groups of {row['head_dim']}: {row['implementation']}")
+                 f"{row['groups']} groups of {row['head_dim']}: {row['implementation']}, blocks of "
+                 f"{' x '.join(map(str, row['blocks']))}")
     lines += [f"          not {other}: {reason}" for other, reason in row["refused"].items()]
   return "\n".join(lines)

@@ -105,8 +105,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.attention = ConfigDict(
     dict(
       implementation="auto",  # auto: the first that does not decline; or one by name
-      block_q=64,  # block sizes of the blocked implementations
-      block_k=64,
+      block_q=0,  # block sizes of the blocked implementations, 0: what suits lengths and platform
+      block_k=0,
     )
   )
   config.precision = ConfigDict(dict(param="float32", compute="float32"))

@@ -210,7 +210,7 @@ class Model(nn.Module):
     Returns:
       The memory f[B,S,D], after the last norm.
     """
-    return self.encoder(x, None, make_context(mask, None, self._blocks, bias=bias))[0]
+    return self.encoder(x, None, self._plan(mask, bias=bias))[0]
 
   def __call__(
     self, x: Array, memory: Array | None, mask: IntervalMask, cross: IntervalMask,
@@ -236,11 +236,11 @@ class Model(nn.Module):
                        "with it returned")
     slots = jax.tree.leaves(cache.memory)[0].shape[-3] if memory is None else memory.shape[1]
     if cache is None:
-      own, columns = make_context(mask, None, self._blocks), None
+      own, columns = self._plan(mask), None
     else:
-      own = make_context(mask, None, self._blocks, cache.slots, cache.length)
+      own = self._plan(mask, columns=cache.slots, length=cache.length)
       columns = ((cache.k, cache.v), cache.memory if memory is None else None)
-    other = make_context(cross, None, self._blocks, keys=slots)
+    other = self._plan(cross, keys=slots)
     hidden, columns = self.decoder(x, columns, Contexts(own, other, memory))
     if cache is not None:
       (k, v), kept = columns
@@ -248,6 +248,7 @@ class Model(nn.Module):
     head = self.embedder.embedding.T if self.config.tie_embeddings else self.head()
     return Output(hidden, constrain(head, (None, "vocab")), cache)
 
-  @property
-  def _blocks(self) -> tuple[int, int]:
-    return self.attention.block_q, self.attention.block_k
+  def _plan(self, mask: IntervalMask, **fields) -> Context:
+    blocks = (self.attention.block_q, self.attention.block_k)
+    sharing = self.config.heads // self.config.kv_heads
+    return make_context(mask, None, blocks, sharing=sharing, **fields)

@@ -1,5 +1,6 @@
 """Llama-family decoders: RMSNorm, rotary positions, grouped queries, SwiGLU (arXiv:2307.09288)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -171,12 +172,14 @@ class Model(nn.Module):
     Raises:
       ValueError: a cache with a mask that has no k_index for its columns.
     """
-    blocks = (self.attention.block_q, self.attention.block_k)
+    plan = functools.partial(
+      make_context, blocks=(self.attention.block_q, self.attention.block_k),
+      sharing=self.config.heads // self.config.kv_heads)
     turn = rotation(positions, sequence(head_dim(self.config), self.config.rope_theta))
     if cache is None:
-      context, columns = make_context(mask, turn, blocks), None
+      context, columns = plan(mask, turn), None
     else:
-      context = make_context(mask, turn, blocks, cache.slots, cache.length)
+      context = plan(mask, turn, columns=cache.slots, length=cache.length)
       columns = (cache.k, cache.v)
     x, columns = self.layers(x.astype(self.precision.compute), columns, context)
     if cache is not None:

@@ -10,7 +10,7 @@ from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import Linear
 from vlm_jax.nn.norms import qk_norm
-from vlm_jax.ops.attention import AttentionPlan, attention, make_plan
+from vlm_jax.ops.attention import AttentionPlan, Bias, attention, block_sizes, make_plan, platform
 from vlm_jax.ops.rope import Rotation, rotate
 
 Columns = tuple[Array, Array]  # keys and values of one layer, f[B,S,G,C] each
@@ -26,14 +26,14 @@ class Context:
     plan: its block classification.
     rotation: of queries and keys by their positions, or None.
     length: i32[], columns of the cache written so far, or None without a cache.
-    bias: f[B,H,T,S] added to the logits (relative positions), or None.
+    bias: of the logits by relative position, see `ops.attention`, or None.
   """
 
   mask: IntervalMask
   plan: AttentionPlan
   rotation: Rotation | None = None
   length: Array | None = None
-  bias: Array | None = None
+  bias: Bias | None = None
 
 
 def make_context(
@@ -44,18 +44,20 @@ def make_context(
   length: Array | None = None,
   *,
   keys: int | None = None,
-  bias: Array | None = None,
+  bias: Bias | None = None,
+  sharing: int = 1,
 ) -> Context:
   """Plans the mask once for all layers.
 
   Args:
     mask: query fields i32[B,T].
     rotation: see `ops.rope.rotation`, or None.
-    blocks: block sizes of queries and keys.
+    blocks: block sizes of queries and keys; 0: what suits their number and the platform.
     columns: S, the columns of the cache, None without one.
     length: i32[], columns written so far.
     keys: S of another stream that is read (cross-attention), None for the queries' own.
-    bias: f[B,H,T,S] or None.
+    bias: see `Context`.
+    sharing: query heads of a group, H // G.
 
   Raises:
     ValueError: a cache with a mask that does not say which key is in which column.
@@ -66,7 +68,9 @@ def make_context(
     got = None if mask.k_index is None else mask.k_index.shape
     raise ValueError(f"with a cache of {columns} columns mask.k_index must be i32[B,{columns}] "
                      f"(core.mask.NEVER in columns nobody sees), got {got}")
-  plan = make_plan(mask, keys, block_q=blocks[0], block_k=blocks[1])
+  suited = block_sizes(mask.num_queries, keys, platform(), sharing)
+  block_q, block_k = (given or own for given, own in zip(blocks, suited, strict=True))
+  plan = make_plan(mask, keys, block_q=block_q, block_k=block_k)
   return Context(mask, plan, rotation, length, bias)
 
 

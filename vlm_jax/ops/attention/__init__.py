@@ -4,36 +4,36 @@ Implementations are tried in the order of `ORDER`. Each one says in a sentence w
 computes the mask exactly: no mask is ever dropped or approximated.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
+import jax
+from jax.sharding import PartitionSpec
+
+from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
-from vlm_jax.ops.attention import dense, xla
-from vlm_jax.ops.attention.plan import AttentionPlan, make_plan
+from vlm_jax.ops.attention import check, dense, xla
+from vlm_jax.ops.attention.bias import Bias, DistanceBias
+from vlm_jax.ops.attention.merge import merge
+from vlm_jax.ops.attention.plan import AttentionPlan, block_sizes, make_plan
+from vlm_jax.ops.attention.request import Request, platform
 
-__all__ = ["ORDER", "AttentionPlan", "attention", "choose", "make_plan"]
+__all__ = ["ORDER", "AttentionPlan", "Bias", "DistanceBias", "Request", "attention", "block_sizes",
+           "check", "choose", "make_plan", "merge", "platform"]
 
 ORDER: Mapping[str, ModuleType] = MappingProxyType({"xla": xla, "dense": dense})
-BIASED = ("dense",)  # those that can add a bias to the logits
 
 
-def choose(
-  q_shape: tuple[int, ...],
-  k_shape: tuple[int, ...],
-  plan: AttentionPlan | None,
-  implementation: str = "auto",
-  biased: bool = False,
-) -> tuple[str, dict[str, str]]:
+def choose(request: Request, implementation: str = "auto") -> tuple[str, dict[str, str]]:
   """Which implementation runs, and why the ones before it do not.
 
   Args:
-    q_shape: (B, T, H, C).
-    k_shape: (B, S, G, C).
-    plan: the plan at hand, or None.
+    request: the call.
     implementation: "auto", or the only one to consider.
-    biased: whether a bias is added to the logits.
 
   Returns:
     The name and the refusals, {name: reason}.
@@ -45,12 +45,10 @@ def choose(
     raise UsageError(f"config.attention.implementation is '{implementation}'; "
                      f"{nearest(implementation, ['auto', *ORDER])}")
   names = list(ORDER) if implementation == "auto" else [implementation]
+  request = dataclasses.replace(request, asked=implementation != "auto")
   refusals: dict[str, str] = {}
   for name in names:
-    # Asked for by name, an implementation only declines what it cannot do, not what it is slow at.
-    reason = ORDER[name].declines(q_shape, k_shape, plan, asked=implementation != "auto")
-    if biased and name not in BIASED:
-      reason = f"it cannot add a bias to the logits; {', '.join(BIASED)} can"
+    reason = ORDER[name].declines(request)
     if reason is None:
       return name, refusals
     refusals[name] = reason
@@ -65,48 +63,72 @@ def attention(
   mask: IntervalMask,
   *,
   plan: AttentionPlan | None = None,
+  bias: Bias | None = None,
+  k_bias: Array | None = None,
+  return_lse: bool = False,
   scale: float | None = None,
-  bias: Array | None = None,
+  soft_cap: float | None = None,
   implementation: str = "auto",
-) -> Array:
-  """softmax(scale * q k^T + bias under the mask) v; a query without keys returns 0, gradient 0.
+) -> Array | tuple[Array, Array]:
+  """softmax(cap(scale * q k^T) + bias + k_bias under the mask) v, cap(x) = c tanh(x / c).
+
+  A query that sees no key returns 0, has gradient 0 and an lse of -inf. Logits, softmax and sums
+  are f32. Under `jax.set_mesh`, rows and heads stay on their devices.
 
   Args:
     q: f[B,T,H,C].
     k, v: f[B,S,G,C] with H a multiple of G: query head h reads group h // (H // G).
     mask: fields [B,T] and [B,S].
     plan: `make_plan` of this mask, shared by all layers; blocked implementations need it.
+    bias: f[1 or B,H,T,S], a `DistanceBias` or None; what it says about pairs outside the mask is
+      not read.
+    k_bias: f[B,S] or None, of a key for all queries and heads.
+    return_lse: also return the log-sum-exp of the visible logits, by which `merge` puts attention
+      over disjoint sets of keys together.
     scale: None is C ** -0.5.
-    bias: f[B,H,T,S] or None; what it says about pairs outside the mask is not read.
+    soft_cap: c of the cap (Gemma 2, arXiv:2408.00118, section 2), None: no cap.
     implementation: "auto" or a name of `ORDER`.
 
   Returns:
-    f[B,T,H,C] in q's dtype; logits and softmax are f32.
+    f[B,T,H,C] in q's dtype, and with `return_lse` f32[B,T,H]; gradients flow through both.
 
   Raises:
-    ValueError: shapes that do not fit, naming argument and expectation.
+    ValueError: shapes or dtypes that do not fit, naming argument and expectation.
     UsageError: the named implementation is unknown or declines.
   """
-  _check(q, k, v, mask, bias)
-  name, _ = choose(q.shape, k.shape, plan, implementation, bias is not None)
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  extra = {} if bias is None else {"bias": bias}
-  return ORDER[name].attend(q, k, v, mask, plan, scale, **extra)
+  check.shapes(q, k, v, mask, plan, bias, k_bias)
+  check.data(mask, k.shape[1], plan)
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  run = functools.partial(_run, scale=scale, soft_cap=soft_cap, implementation=implementation)
+  out, lse = _on_mesh(run, q, k, bias)(q, k, v, mask, plan, bias, k_bias)
+  return (out, lse) if return_lse else out
 
 
-def _check(q: Array, k: Array, v: Array, mask: IntervalMask, bias: Array | None) -> None:
-  if q.ndim != 4 or k.ndim != 4:
-    raise ValueError(f"attention: q is [B,T,H,C] and k [B,S,G,C], got {q.shape} and {k.shape}")
-  if k.shape != v.shape:
-    raise ValueError(f"attention: k and v must have one shape, got {k.shape} and {v.shape}")
-  if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-    raise ValueError("attention: q [B,T,H,C] and k [B,S,G,C] need equal B and C and H a multiple "
-                     f"of G, got {q.shape} and {k.shape}")
-  whole = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-  if bias is not None and bias.shape != whole:
-    raise ValueError(f"attention: bias [B,H,T,S] must be {whole}, got {bias.shape}")
-  for name in ("lo", "hi", "q_class", "k_class", "k_index"):
-    field = getattr(mask, name)
-    expected = (q.shape[0], k.shape[1] if name.startswith("k") else q.shape[1])
-    if field is not None and field.shape != expected:
-      raise ValueError(f"attention: mask.{name} must be {expected}, got {field.shape}")
+def _run(q, k, v, mask, plan, bias, k_bias, *, scale, soft_cap, implementation):
+  request = Request(
+    q_shape=q.shape, k_shape=k.shape, dtype=q.dtype, plan=plan, has_bias=bias is not None,
+    has_k_bias=k_bias is not None, soft_cap=soft_cap,
+    has_classes=mask.q_class is not None and mask.k_class is not None,
+    has_k_index=mask.k_index is not None, platform=platform(),
+  )
+  name, _ = choose(request, implementation)
+  return ORDER[name].attend(q, k, v, mask, plan, scale=scale, soft_cap=soft_cap, bias=bias,
+                            k_bias=k_bias)
+
+
+def _on_mesh(run, q: Array, k: Array, bias: Bias | None):
+  """`run` on each device's rows and heads, which need nothing of the others'."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return run
+  rows, _, groups, _ = mesh_lib.spec(("batch", None, "kv_heads", None), k.shape, mesh)
+  # Heads are only spread where their groups are, so that both stay together.
+  heads = mesh_lib.spec(("batch", None, "heads", None), q.shape, mesh)[2] if groups else None
+  row = PartitionSpec(rows)
+  if isinstance(bias, DistanceBias):
+    biased = dataclasses.replace(bias, table=PartitionSpec(heads), q_position=row, k_position=row)
+  else:
+    biased = PartitionSpec(None if bias is None or bias.shape[0] == 1 else rows, heads)
+  split = PartitionSpec(rows, None, heads)
+  return jax.shard_map(run, mesh=mesh, in_specs=(split, split, split, row, row, biased, row),
+                       out_specs=(split, split), check_vma=False)

@@ -13,6 +13,7 @@ from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.typing import Array
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+SHORT = 2048  # slots of a row, see `block_sizes`
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,11 @@ class AttentionPlan:
     """f32[B], query-key pairs in active blocks: what a blocked kernel computes."""
     return self.k_count.sum(-1).astype(jnp.float32) * (self.block_q * self.block_k)
 
+  def active_flops(self, heads: int, width: int) -> Array:
+    """f32[B], FLOPs of the forward pass over active blocks, H heads of width C; 2.5 times that
+    for the gradients. The share of `4 * H * C * mask.dense().sum()` in it was not wasted."""
+    return 4.0 * heads * width * self.active_pairs()
+
 
 def pad_mask(mask: IntervalMask, num_keys: int, block_q: int, block_k: int) -> IntervalMask:
   """The mask with T and S padded to multiples of the blocks: new queries see nothing, new keys are
@@ -60,13 +66,32 @@ def pad_mask(mask: IntervalMask, num_keys: int, block_q: int, block_k: int) -> I
   )
 
 
+def block_sizes(length: int, keys: int, platform: str, sharing: int = 1) -> tuple[int, int]:
+  """Block sizes of queries and keys that suit T queries and S keys on a platform.
+
+  Rows of a few thousand slots hold documents of a hundred: what small blocks do not compute is
+  worth more on a CPU than what large ones gain. From there on its cores should share each product,
+  which they do from about 512 x 256; queries of all `sharing` heads of a group lie below each
+  other. Accelerators want more work in a step than 128 x 128.
+  """
+  if platform != "cpu":
+    most = (512, 512)
+  elif keys <= SHORT:
+    most = (64, 128)
+  else:
+    most = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 256)
+  unit = 8 if platform == "cpu" else 128
+  even = lambda size, most: min(most, -(-size // unit) * unit)
+  return even(length, most[0]), even(keys, most[1])
+
+
 def make_plan(mask: IntervalMask, num_keys: int, *, block_q: int, block_k: int) -> AttentionPlan:
   """Classifies the blocks of a mask.
 
   Args:
     mask: fields [B,T] and [B,S].
     num_keys: S.
-    block_q, block_k: block sizes.
+    block_q, block_k: block sizes, see `block_sizes`.
 
   Returns:
     The plan; O(B * T * S / block_k) comparisons, no [T,S] array.

@@ -1,243 +1,277 @@
-"""Blocked attention in plain XLA: online softmax over the active blocks of the plan, both ways.
+"""Blocked attention in plain XLA: online softmax over the keys that a block of queries sees.
 
-Memory is O(T * C); work follows the active blocks. Data-dependent trip counts make it a
-good choice on CPUs and a fallback elsewhere. Algorithm: FlashAttention-2 (arXiv:2307.08691),
-algorithms 1 and 2, over a compacted list of blocks.
+Memory is O(T * C); work follows the plan. Trip counts depend on the data, which a CPU does not
+mind; elsewhere this is the fallback. Algorithm: FlashAttention-2 (arXiv:2307.08691), algorithms 1
+and 2, with one pass back: a block of queries adds to the gradients of the keys it meets.
 
-Inside, rows are grouped by key/value group: [blocks, B, G, (H/G) * block, C], so a block of queries
-of all heads of a group meets its keys in one matrix product and keys are never repeated. A loop
-step takes n query blocks of every row of the batch, neighbours, and for each of them its own next
-active key block: [n, B, ...]; one that has none left computes a masked block until the others are
-done. Rows stay side by side, so sharded rows stay on their devices; with few rows n is larger, and
-a step has work for all cores.
+A tile holds the queries of all heads of a group below each other, [G, (H/G) * block_q, C], so keys
+are never repeated and a product has rows enough for all cores. Queries, outputs and gradients keep
+their layout [B,T,H,C] in memory and are turned in the cache, a tile at a time.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.typing import Array
-from vlm_jax.ops.attention.plan import EMPTY, FULL, AttentionPlan, pad_mask
+from vlm_jax.ops.attention import bias as biases
+from vlm_jax.ops.attention.plan import EMPTY, AttentionPlan
+from vlm_jax.ops.attention.request import Request, platform
 
-MASKED = -1e30
-LANES = 16  # blocks of all rows together that a loop step takes
+MASKED = -1e30  # finite: MASKED - MASKED must not be nan
 
 
-def declines(q_shape, k_shape, plan: AttentionPlan | None, asked: bool) -> str | None:
+def declines(request: Request) -> str | None:
   """Needs a plan of this mask; leaves short rows, where nothing can be skipped, to dense."""
+  plan, (batch, length, *_), keys = request.plan, request.q_shape, request.k_shape[1]
   if plan is None:
     return "it needs an AttentionPlan and none was made"
-  if plan.kinds.shape[1] != -(-q_shape[1] // plan.block_q):
-    return "the plan is of another number of queries"
-  if not asked and (q_shape[1] <= plan.block_q or k_shape[1] <= plan.block_k):
-    return (f"{q_shape[1]} x {k_shape[1]} is one block of {plan.block_q} x {plan.block_k} wide or "
-            "high: there is nothing to skip")
+  wanted = (batch, -(-length // plan.block_q), -(-keys // plan.block_k))
+  if plan.kinds.shape != wanted:
+    return f"the plan is of {plan.kinds.shape} blocks, and these arrays have {wanted}"
+  if not request.asked and (length <= plan.block_q or keys <= plan.block_k):
+    return (f"{length} x {keys} is one block of {plan.block_q} x {plan.block_k} wide or high: "
+            "there is nothing to skip")
   return None
 
 
-def attend(q: Array, k: Array, v: Array, mask: IntervalMask, plan: AttentionPlan, scale) -> Array:
-  """See `attention`."""
-  mask = pad_mask(mask, k.shape[1], plan.block_q, plan.block_k)
-  groups = k.shape[2]
-  out = _attend(
-    _split_queries(q, plan.block_q, groups),
-    _split_keys(k, plan.block_k),
-    _split_keys(v, plan.block_k),
-    mask,
-    plan,
-    scale,
-  )
-  return _join_queries(out, q.shape).astype(q.dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+  """What has gradients. Attributes: q f[B,T,H,C], k, v f[B,S,G,C], bias, k_bias or None."""
+
+  q: Array
+  k: Array
+  v: Array
+  bias: biases.Bias | None
+  k_bias: Array | None
 
 
-def _split_queries(x: Array, block: int, groups: int) -> Array:
-  """f[B,T,H,C] to f[blocks,B,G,(H/G)*block,C], T padded."""
-  batch, length, heads, width = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-  x = x.reshape(batch, -1, block, groups, heads // groups, width)
-  return x.transpose(1, 0, 3, 4, 2, 5).reshape(x.shape[1], batch, groups, -1, width)
+def attend(
+  q: Array, k: Array, v: Array, mask: IntervalMask, plan: AttentionPlan, *, scale: float,
+  soft_cap: float | None = None, bias: biases.Bias | None = None, k_bias: Array | None = None,
+) -> tuple[Array, Array]:
+  """See `attention`; returns out and lse."""
+  return _attend(_Inputs(q, k, v, bias, k_bias), mask, plan, scale, soft_cap)
 
 
-def _join_queries(x: Array, shape: tuple[int, ...]) -> Array:
-  """The inverse of `_split_queries`, cut to `shape` [B,T,H,C]."""
-  batch, length, heads, width = shape
-  blocks, groups = x.shape[0], x.shape[2]
-  x = x.reshape(blocks, batch, groups, heads // groups, -1, width)
-  return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
+def _windows(mask: IntervalMask, plan: AttentionPlan, keys: int) -> tuple[Array, Array]:
+  """Which keys a block of queries meets: `block_k` from each of i32[B*Q,K], the first i32[B*Q].
 
-
-def _split_keys(x: Array, block: int) -> Array:
-  """f[B,S,G,C] to f[blocks,B,G,block,C], S padded."""
-  batch, length, groups, width = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-  return x.reshape(batch, -1, block, groups, width).transpose(1, 0, 3, 2, 4)
-
-
-def _in_lanes(tree, batch: int):
-  """Arrays [blocks,...] to [steps,n,...], padded: what is not there has no active block."""
-  blocks = jax.tree.leaves(tree)[0].shape[0]
-  n = max(1, min(blocks, LANES // batch))
-
-  def cut(x):
-    padded = jnp.pad(x, ((0, -blocks % n), *((0, 0),) * (x.ndim - 1)))
-    return padded.reshape(-1, n, *x.shape[1:])
-
-  return jax.tree.map(cut, tree)
-
-
-def _from_lanes(tree, blocks: int):
-  """The inverse of `_in_lanes`."""
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:blocks], tree)
-
-
-def _pick(x: Array, index: Array) -> Array:
-  """x[index[n,b], b] for every lane n and row b: x [blocks,B,...] to [n,B,...]."""
-  one = lambda blocks, i: lax.dynamic_index_in_dim(blocks, i, 0, False)
-  return jax.vmap(lambda row: jax.vmap(one, (1, 0))(x, row))(index)
-
-
-def _blocks(mask: IntervalMask, plan: AttentionPlan) -> IntervalMask:
-  """The fields of a padded mask cut into blocks: [blocks,B,block]."""
-  cut = lambda field, block: field.reshape(field.shape[0], -1, block).swapaxes(0, 1)
-  return IntervalMask(
-    lo=cut(mask.lo, plan.block_q),
-    hi=cut(mask.hi, plan.block_q),
-    q_class=cut(mask.q_class, plan.block_q),
-    k_class=cut(mask.k_class, plan.block_k),
-    k_index=cut(mask.k_index, plan.block_k),
-  )
-
-
-def _pairs(query: IntervalMask, key: IntervalMask) -> IntervalMask:
-  """The mask of one query block against one key block in every lane and row."""
-  return IntervalMask(query.lo, query.hi, query.q_class, key.k_class, key.k_index)
-
-
-def _logits(q, k, mask: IntervalMask, kind: Array, scale: float) -> Array:
-  """f32[n,B,G,R*block_q,block_k], masked; kind i8[n,B] of each block, EMPTY: unseen."""
-  logits = jnp.einsum("nbgqc,nbgsc->nbgqs", q, k, preferred_element_type=jnp.float32) * scale
-
-  def masked(logits):
-    seen = mask.dense() & (kind > EMPTY)[..., None, None]
-    repeats = logits.shape[3] // seen.shape[2]
-    return jnp.where(jnp.tile(seen, (1, 1, repeats, 1))[:, :, None], logits, MASKED)
-
-  return lax.cond((kind == FULL).all(), lambda logits: logits, masked, logits)
-
-
-def _next(kinds: Array, count: Array, order: Array, step: Array) -> tuple[Array, Array]:
-  """The next block i32[n,B] of every lane and row and its kind, EMPTY where none is left.
-
-  Args:
-    kinds, order: [n,B,blocks], of the plan.
-    count: i32[n,B].
-    step: i32[].
+  These are the plan's active blocks. Keys in their own order need not be met at multiples of the
+  block: from the first key that a block of queries sees, there are fewer windows to its last one.
   """
-  block = order[..., step]
-  kind = jnp.take_along_axis(kinds, block[..., None], axis=-1)[..., 0]
-  return block, jnp.where(step < count, kind, EMPTY)
+  active, size = plan.kinds != EMPTY, plan.block_k
+  starts, count = plan.k_blocks * size, plan.k_count
+  if mask.k_index is None:
+    lo, hi = (_in_blocks(field, plan.block_q) for field in (mask.lo, mask.hi))
+    lo, hi = jnp.maximum(lo, 0), jnp.minimum(hi, keys)
+    first = jnp.where(lo < hi, lo, keys).min(-1, keepdims=True)
+    last = jnp.where(lo < hi, hi, 0).max(-1, keepdims=True)
+    blocks = active.shape[2]
+    slid = first + size * jnp.arange(blocks, dtype=jnp.int32)
+    block = jnp.minimum(slid // size, blocks - 1)
+    either = active | jnp.pad(active, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+    alive = (slid < last) & jnp.take_along_axis(either, block, -1)
+    order = jnp.argsort(~alive, axis=-1, stable=True)
+    slid, fewer = jnp.take_along_axis(slid, order, -1), alive.sum(-1, dtype=jnp.int32)
+    # Between two far ranges of keys, windows may touch more blocks than there are.
+    better = fewer < count
+    starts, count = jnp.where(better[..., None], slid, starts), jnp.where(better, fewer, count)
+  return starts.reshape(-1, starts.shape[-1]), count.reshape(-1)
 
 
-def _forward(q, k, v, mask: IntervalMask, plan: AttentionPlan, scale) -> tuple[Array, Array]:
-  """The output f32 like q, and the log-sum-exp f32[blocks,B,G,R*block_q] (+inf for empty rows)."""
-  fields = _blocks(mask, plan)
-  keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
+def _in_blocks(x: Array, block: int) -> Array:
+  """[B,n,...] to [B,blocks,block,...], padded with zeros."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+  return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
-  def query_block(args):
-    query, own, kinds, count, order = args
 
-    def key_block(step, carry):
+class _Walk:
+  """What the forward and the backward pass share: tiles of the operands, and their logits."""
+
+  def __init__(self, x: _Inputs, mask: IntervalMask, plan: AttentionPlan, scale, soft_cap):
+    self.batch, self.length, self.heads, self.width = x.q.shape
+    self.keys, self.groups = x.k.shape[1:3]
+    self.plan, self.scale, self.soft_cap = plan, scale, soft_cap
+    self.block = plan.block_q, plan.block_k
+    self.blocks_q = plan.kinds.shape[1]
+    # A CPU multiplies f32 faster than bf16.
+    self.dtype = jnp.float32 if platform() == "cpu" else x.q.dtype
+    self.starts, self.count = _windows(mask, plan, self.keys)
+    # A window may stick out over the last key.
+    longer = lambda field, value: None if field is None else jnp.pad(
+      field, ((0, 0), (0, plan.block_k), *((0, 0),) * (field.ndim - 2)), constant_values=value)
+    self.k, self.v = (longer(side.astype(self.dtype), 0).swapaxes(1, 2) for side in (x.k, x.v))
+    self.k_class, self.k_index = longer(mask.k_class, 0), longer(mask.k_index, NEVER)
+    self.k_bias = longer(x.k_bias, 0)
+    self.bias = biases.pad(x.bias, -self.length % plan.block_q, plan.block_k)
+    flat = lambda field: None if field is None else self.split(field)
+    hi = mask.hi if mask.k_index is not None else jnp.minimum(mask.hi, self.keys)
+    self.queries = IntervalMask(flat(mask.lo), flat(hi), flat(mask.q_class))
+
+  def split(self, x: Array) -> Array:
+    """[B,T,...] to one row a block of queries, [B*Q,block_q,...]."""
+    x = _in_blocks(x, self.block[0])
+    return x.reshape(-1, *x.shape[2:])
+
+  def join(self, x: Array) -> Array:
+    """The inverse of `split`."""
+    return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
+
+  def tile(self, x: Array) -> Array:
+    """f[block_q,H,...] to f[G,(H/G)*block_q,...]."""
+    size, heads, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(size, self.groups, heads // self.groups, *rest), 0, 2)
+    return x.reshape(self.groups, -1, *rest)
+
+  def untile(self, x: Array) -> Array:
+    """The inverse of `tile`."""
+    x = x.reshape(self.groups, self.heads // self.groups, self.block[0], *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0).reshape(self.block[0], self.heads, *x.shape[3:])
+
+  def window(self, x: Array, row: Array, start: Array) -> Array:
+    """The window [...,block_k] or [G,block_k,C] of a row of [B,...,S] or [B,G,S,C]."""
+    axis = 1 if x.ndim == 2 else 2
+    sizes = [1, *x.shape[1:]]
+    sizes[axis] = self.block[1]
+    corner = [row, *(0,) * (x.ndim - 1)]
+    corner[axis] = start
+    return lax.dynamic_slice(x, corner, sizes)[0]
+
+  def where(self, number: Array, start: Array) -> biases.Tile:
+    """The tile of block of queries `number` and the keys from `start`."""
+    row, block = number // self.blocks_q, number % self.blocks_q
+    return biases.Tile(row, block * self.block[0], start, self.block)
+
+  def logits(self, q: Array, k: Array, own: IntervalMask, at: biases.Tile) -> tuple[Array, Array]:
+    """The logits f32[G,M,block_k] of a tile, MASKED where unseen, and the slope of the soft-cap.
+
+    Args:
+      q, k: the tiles f[G,M,C] and f[G,block_k,C], M = (H/G) * block_q.
+      own: the fields of the queries, i32[block_q].
+      at: where the tile lies.
+    """
+    logits = self.scale * jnp.einsum("gmc,gsc->gms", q, k, preferred_element_type=jnp.float32)
+    slope = None
+    if self.soft_cap is not None:
+      bent = jnp.tanh(logits / self.soft_cap)
+      logits, slope = self.soft_cap * bent, 1 - bent * bent
+    pick = lambda field: None if field is None else self.window(field, at.row, at.k_start)
+    index = pick(self.k_index)
+    if index is None:
+      index = at.k_start + jnp.arange(self.block[1], dtype=jnp.int32)
+    seen = IntervalMask(own.lo, own.hi, own.q_class, pick(self.k_class), index).dense()
+    more = jnp.where(seen, 0.0, MASKED)
+    if self.k_bias is not None:
+      more += pick(self.k_bias).astype(jnp.float32)
+    if self.bias is not None:
+      more += at.read(self.bias).reshape(self.groups, -1, *more.shape)
+    logits = logits.reshape(self.groups, -1, *seen.shape) + more
+    return logits.reshape(self.groups, -1, self.block[1]), slope
+
+
+def _forward(x: _Inputs, mask, plan, scale, soft_cap) -> tuple[Array, Array]:
+  """out f[B,T,H,C] and lse f32[B,T,H]."""
+  walk = _Walk(x, mask, plan, scale, soft_cap)
+
+  def block(args):
+    number, q, own = args
+    q = walk.tile(q.astype(walk.dtype))
+
+    def window(step, carry):
       acc, top, total = carry
-      j, kind = _next(kinds, count, order, step)
-      pick = functools.partial(_pick, index=j)
-      logits = _logits(query, pick(k), _pairs(own, jax.tree.map(pick, keys)), kind, scale)
+      at = walk.where(number, walk.starts[number, step])
+      k, v = (walk.window(side, at.row, at.k_start) for side in (walk.k, walk.v))
+      logits, _ = walk.logits(q, k, own, at)
       new_top = jnp.maximum(top, logits.max(-1))
-      shrink = jnp.exp(top - new_top)
-      # While a row has seen no key its maximum is MASKED, and exp(MASKED - MASKED) is not a weight.
-      weights = jnp.exp(logits - new_top[..., None]) * (new_top > MASKED / 2)[..., None]
-      add = jnp.einsum("nbgqs,nbgsc->nbgqc", weights.astype(v.dtype), pick(v),
+      # While a query has seen no key, its weights are exp(MASKED), not exp(MASKED - MASKED).
+      base = jnp.where(new_top > MASKED / 2, new_top, 0.0)
+      shrink, weights = jnp.exp(top - base), jnp.exp(logits - base[..., None])
+      add = jnp.einsum("gms,gsc->gmc", weights.astype(walk.dtype), v,
                        preferred_element_type=jnp.float32)
       return acc * shrink[..., None] + add, new_top, total * shrink + weights.sum(-1)
 
-    start = (
-      jnp.zeros(query.shape, jnp.float32),
-      jnp.full(query.shape[:-1], MASKED, jnp.float32),
-      jnp.zeros(query.shape[:-1], jnp.float32),
-    )
-    acc, top, total = lax.fori_loop(0, count.max(), key_block, start)
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
-    return acc / total[..., None], jnp.where(seen, top + jnp.log(total), jnp.inf)
+    none = jnp.zeros(q.shape[:2], jnp.float32)
+    start = jnp.zeros(q.shape, jnp.float32), none + MASKED, none
+    acc, top, total = lax.fori_loop(0, walk.count[number], window, start)
+    total = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(top > MASKED / 2, top + jnp.log(total), -jnp.inf)
+    return walk.untile((acc / total[..., None]).astype(x.q.dtype)), walk.untile(lse)
 
-  queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
-  swap = lambda field: jnp.moveaxis(field, 1, 0)
-  blocks = (q, queries, swap(plan.kinds), plan.k_count.T, swap(plan.k_blocks))
-  return _from_lanes(lax.map(query_block, _in_lanes(blocks, q.shape[1])), len(q))
+  out, lse = lax.map(block, (jnp.arange(len(walk.count)), walk.split(x.q), walk.queries))
+  return walk.join(out), walk.join(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, mask: IntervalMask, plan: AttentionPlan, scale: float) -> Array:
-  return _forward(q, k, v, mask, plan, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(x: _Inputs, mask: IntervalMask, plan: AttentionPlan, scale, soft_cap):
+  return _forward(x, mask, plan, scale, soft_cap)
 
 
-def _attend_forward(q, k, v, mask, plan, scale):
-  out, lse = _forward(q, k, v, mask, plan, scale)
-  return out, (q, k, v, mask, plan, out, lse)
+def _attend_forward(x, mask, plan, scale, soft_cap):
+  out, lse = _forward(x, mask, plan, scale, soft_cap)
+  return (out, lse), (x, mask, plan, out, lse)
 
 
-def _attend_backward(scale, residuals, grad):
-  """Two passes, over query blocks for q and over key blocks for k and v: nothing is scattered."""
-  q, k, v, mask, plan, out, lse = residuals
-  fields = _blocks(mask, plan)
-  queries = IntervalMask(fields.lo, fields.hi, fields.q_class)
-  keys = IntervalMask(fields.k_index, fields.k_index, None, fields.k_class, fields.k_index)
-  delta = (out * grad).sum(-1)
+def _attend_backward(scale, soft_cap, residuals, grads):
+  """Gradients of out and lse to those of the inputs; every sum has a fixed order."""
+  x, mask, plan, out, lse = residuals
+  walk = _Walk(x, mask, plan, scale, soft_cap)
+  lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+  spread = lambda tile: tile.reshape(walk.heads, *walk.block)
 
-  def weights_and_grad(query, key, value, above, lse, delta, pairs, kind):
-    """softmax weights of a block and the gradient of its scaled logits, f32[n,B,G,R*bq,bk]."""
-    weights = jnp.exp(_logits(query, key, pairs, kind, scale) - lse[..., None])
-    inner = jnp.einsum("nbgqc,nbgsc->nbgqs", above, value, preferred_element_type=jnp.float32)
-    return weights, weights * (inner - delta[..., None]) * scale
+  def block(sums, args):
+    number, q, above, out, lse, grad_lse, own = args
+    inner = walk.tile((out.astype(jnp.float32) * above.astype(jnp.float32)).sum(-1) - grad_lse)
+    q, above, lse = map(walk.tile, (q.astype(walk.dtype), above.astype(walk.dtype), lse))
 
-  def query_block(args):
-    query, above, lse, delta, own, kinds, count, order = args
+    def window(step, carry):
+      grad_q, sums = carry
+      at = walk.where(number, walk.starts[number, step])
+      k, v = (walk.window(side, at.row, at.k_start) for side in (walk.k, walk.v))
+      logits, slope = walk.logits(q, k, own, at)
+      weights = jnp.exp(logits - lse[..., None])
+      grad = jnp.einsum("gmc,gsc->gms", above, v, preferred_element_type=jnp.float32)
+      grad = weights * (grad - inner[..., None])
+      sums["v"] = _add(sums["v"], at, above, weights.astype(walk.dtype))
+      if x.bias is not None:
+        sums["bias"] = at.add(sums["bias"], walk.bias, spread(grad))
+      if x.k_bias is not None:
+        corner, size = (at.row, at.k_start), (1, walk.block[1])
+        old = lax.dynamic_slice(sums["k_bias"], corner, size)
+        sums["k_bias"] = lax.dynamic_update_slice(sums["k_bias"], old + grad.sum((0, 1)), corner)
+      grad = (grad if slope is None else grad * slope).astype(walk.dtype)
+      sums["k"] = _add(sums["k"], at, q, grad)
+      grad_q += jnp.einsum("gms,gsc->gmc", grad, k, preferred_element_type=jnp.float32)
+      return grad_q, sums
 
-    def key_block(step, grad_q):
-      j, kind = _next(kinds, count, order, step)
-      pick = functools.partial(_pick, index=j)
-      pairs, key = _pairs(own, jax.tree.map(pick, keys)), pick(k)
-      _, grad_logits = weights_and_grad(query, key, pick(v), above, lse, delta, pairs, kind)
-      return grad_q + jnp.einsum("nbgqs,nbgsc->nbgqc", grad_logits, key)
+    start = jnp.zeros(q.shape, jnp.float32), sums
+    grad_q, sums = lax.fori_loop(0, walk.count[number], window, start)
+    return sums, walk.untile((scale * grad_q).astype(x.q.dtype))
 
-    return lax.fori_loop(0, count.max(), key_block, jnp.zeros(query.shape, jnp.float32))
+  # Those of keys and values lie [B,G,C,S]: a product that contracts the rows of both sides is
+  # fastest with the narrow side first.
+  zeros = jnp.zeros(walk.k.swapaxes(2, 3).shape, jnp.float32)
+  sums = {"k": zeros, "v": zeros, "bias": biases.zeros(walk.bias),
+          "k_bias": None if x.k_bias is None else jnp.zeros(walk.k_bias.shape, jnp.float32)}
+  rows = map(walk.split, (x.q, grads[0], out, lse, grads[1]))
+  sums, grad_q = lax.scan(block, sums, (jnp.arange(len(walk.count)), *rows, walk.queries))
+  back = lambda total: total[..., : walk.keys].transpose(0, 3, 1, 2).astype(x.k.dtype)
+  k_bias = None if x.k_bias is None else sums["k_bias"][:, : walk.keys].astype(x.k_bias.dtype)
+  return _Inputs(walk.join(grad_q), back(scale * sums["k"]), back(sums["v"]),
+                 biases.gradient(sums["bias"], x.bias), k_bias), None, None
 
-  def key_block(args):
-    key, value, own, kinds, count, order = args
 
-    def query_block(step, carry):
-      grad_k, grad_v = carry
-      i, kind = _next(kinds, count, order, step)
-      pick = functools.partial(_pick, index=i)
-      query, above = pick(q), pick(grad)
-      pairs = _pairs(jax.tree.map(pick, queries), own)
-      weights, grad_logits = weights_and_grad(
-        query, key, value, above, pick(lse), pick(delta), pairs, kind
-      )
-      grad_v += jnp.einsum("nbgqs,nbgqc->nbgsc", weights, above)
-      return grad_k + jnp.einsum("nbgqs,nbgqc->nbgsc", grad_logits, query), grad_v
-
-    zero = jnp.zeros(key.shape, jnp.float32)
-    return lax.fori_loop(0, count.max(), query_block, (zero, zero))
-
-  swap = lambda field: jnp.moveaxis(field, 1, 0)
-  blocks = (q, grad, lse, delta, queries, swap(plan.kinds), plan.k_count.T, swap(plan.k_blocks))
-  grad_q = _from_lanes(lax.map(query_block, _in_lanes(blocks, q.shape[1])), len(q))
-  blocks = (k, v, keys, jnp.moveaxis(plan.kinds, 2, 0), plan.q_count.T, swap(plan.q_blocks))
-  grad_k, grad_v = _from_lanes(lax.map(key_block, _in_lanes(blocks, q.shape[1])), len(k))
-  return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype), None, None
+def _add(total: Array, at: biases.Tile, rows: Array, weights: Array) -> Array:
+  """Adds rows^T weights, f[G,M,C] and f[G,M,block_k], to f32[B,G,C,S] at a tile's keys."""
+  add = jnp.einsum("gmc,gms->gcs", rows, weights, preferred_element_type=jnp.float32)
+  corner = (at.row, 0, 0, at.k_start)
+  old = lax.dynamic_slice(total, corner, (1, *add.shape))
+  return lax.dynamic_update_slice(total, old + add[None], corner)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
