@@ -1,0 +1,129 @@
+"""What the TPU kernels walk over and keep on the chip: active pairs, block sizes, memory.
+
+A kernel's grid has one step for each active pair of a query block and a key block, of all rows of
+the batch together; the list of these pairs is prefetched to the scalar memory (SMEM), where the
+index maps read it. So empty blocks cost nothing and short rows do not wait for long ones.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.core.typing import Array
+from vlm_jax.ops.attention.plan import EMPTY, FULL
+
+LANES = 128
+# Bits of a list entry: the pair is the first or the last of its run, or needs no mask.
+STARTS, ENDS, WHOLE = 1, 2, 4
+FLAG_BITS = 3
+# What a kernel may plan with of a core's scalar memory and, half of the smallest generation's
+# (v5p: 64 MiB; v5e and v6e have 128), of its vector memory.
+SMEM_BYTES = 2**20
+VMEM_BYTES = 2**25
+SPARE = 0.9  # the share of them that is used
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """How a list entry holds (batch row, run, member) in bits; one run is one output block.
+
+  Attributes:
+    runs, members: numbers of blocks; forward and dq run over query blocks, dkv over key blocks.
+  """
+
+  runs: int
+  members: int
+
+  def compact(self, kinds: Array) -> tuple[Array, Array]:
+    """The active pairs in order, run by run.
+
+    Args:
+      kinds: i8[B,runs,members], of the plan.
+
+    Returns:
+      i32[B * runs * members], the active ones first, and their number i32[].
+    """
+    batch = kinds.shape[0]
+    active = kinds != EMPTY
+    count = jnp.cumsum(active, axis=-1, dtype=jnp.int32)
+    row, run, member = (
+      jax.lax.broadcasted_iota(jnp.int32, (batch, self.runs, self.members), axis)
+      for axis in range(3)
+    )
+    entry = (((row << self._bits(self.runs)) | run) << self._bits(self.members)) | member
+    flags = jnp.where(count == 1, STARTS, 0) | jnp.where(count == count[..., -1:], ENDS, 0)
+    flags |= jnp.where(kinds == FULL, WHOLE, 0)
+    entry = (entry << FLAG_BITS) | flags
+    # Entries grow with (row, run, member), so sorting compacts: no scatter, which is slow on a TPU.
+    entry = jnp.sort(jnp.where(active, entry, jnp.iinfo(jnp.int32).max).reshape(-1))
+    number = active.sum(dtype=jnp.int32)
+    # With no pair at all one step runs: it starts and ends no run and so changes nothing.
+    return jnp.where(jnp.arange(entry.size) < number, entry, 0), jnp.maximum(number, 1)
+
+  def fits(self, batch: int) -> bool:
+    """Whether an entry has room for its bits."""
+    bits = (self._bits(batch), self._bits(self.runs), self._bits(self.members), FLAG_BITS)
+    return sum(bits) < 31
+
+  def row(self, entry: Array) -> Array:
+    """The batch row of a list entry."""
+    return entry >> (FLAG_BITS + self._bits(self.members) + self._bits(self.runs))
+
+  def run(self, entry: Array) -> Array:
+    """The block that is written."""
+    return (entry >> (FLAG_BITS + self._bits(self.members))) & (2 ** self._bits(self.runs) - 1)
+
+  def member(self, entry: Array) -> Array:
+    """The block that is met."""
+    return (entry >> FLAG_BITS) & (2 ** self._bits(self.members) - 1)
+
+  @staticmethod
+  def _bits(number: int) -> int:
+    return (number - 1).bit_length()
+
+
+def smem_bytes(batch: int, blocks_q: int, blocks_k: int) -> int:
+  """Scalar memory of the prefetched list, in bytes: one int32 for each block of the plan.
+
+  With blocks of 1024 x 1024 a row of 8k takes 256 bytes, of 32k 4 KiB and of 128k 64 KiB, so that
+  a batch of 14 rows of 128k still fits; `declines` says so past that.
+  """
+  return 4 * batch * blocks_q * blocks_k
+
+
+def vmem_bytes(block_q: int, block_k: int, width: int, dtype) -> int:
+  """Vector memory of the largest kernel, dkv, in bytes; an upper bound of what the compiler takes.
+
+  It does not grow with the length: 1024 x 1024 blocks of bf16 take the same at 8k, 32k and 128k.
+  """
+  size, wide = jnp.dtype(dtype).itemsize, -(-width // LANES) * LANES
+  moved = 2 * (2 * block_q + 4 * block_k) * wide * size  # two buffers of q, above; k, v, dk, dv
+  kept = (2 * wide + 5 * LANES) * max(block_q, block_k) * 4
+  rows = 2 * 8 * 4 * (6 * block_q + 3 * block_k)
+  logits = 3 * chunk_of(max(block_q, block_k)) * max(block_q, block_k) * 4
+  return moved + kept + rows + logits
+
+
+def chunk_of(block: int) -> int:
+  """Queries (in dkv, keys) of a block that a kernel computes at a time."""
+  return next((size for size in (512, 384, 256) if block % size == 0), min(block, LANES))
+
+
+def block_sizes(length: int, num_keys: int, width: int, dtype) -> tuple[int, int]:
+  """Sizes (block_q, block_k) to plan with, for `make_plan`.
+
+  A step costs about a third of a microsecond whatever it does, as much as 256 x 256 pairs do: small
+  blocks waste steps, large ones compute more pairs that nobody sees.
+
+  Args:
+    length, num_keys: T and S.
+    width: C.
+    dtype: of q, k and v.
+
+  Returns:
+    Multiples of 128, at most 1024; half of it in f32 or where C > 128, to stay in VMEM.
+  """
+  largest = 1024 if jnp.dtype(dtype).itemsize < 4 and width <= LANES else 512
+  fit = lambda n: min(largest, -(-n // LANES) * LANES)
+  return fit(length), fit(num_keys)
