@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.typing import Array
@@ -27,7 +28,7 @@ from vlm_jax.ops.attention.pallas_tpu_layout import (
   smem_bytes,
   vmem_bytes,
 )
-from vlm_jax.ops.attention.plan import EMPTY, AttentionPlan
+from vlm_jax.ops.attention.plan import AttentionPlan
 
 __all__ = ["attend", "block_sizes", "declines", "smem_bytes", "vmem_bytes"]
 
@@ -115,8 +116,8 @@ def _call(q, k, plan, scale, soft_cap, interpret) -> Call:
   # scheduled to overlap the kernel than it can hide. A known count is rounded up to a power of two:
   # outside `jax.jit` every other cost is another compilation.
   active = plan.kinds.size
-  if not isinstance(plan.kinds, jax.core.Tracer):
-    active = min(active, 2 ** int((plan.kinds != EMPTY).sum()).bit_length())
+  if not isinstance(plan.kinds, jax.core.Tracer) and plan.kinds.is_fully_addressable:
+    active = min(active, 2 ** int(np.count_nonzero(np.asarray(plan.kinds))).bit_length())
   up = lambda n, block: -(-n // block) * block
   return Call(
     batch=q.shape[0],

@@ -86,8 +86,8 @@ class Pairs:
 def smem_bytes(batch: int, blocks_q: int, blocks_k: int) -> int:
   """Scalar memory of the prefetched list, in bytes: one int32 for each block of the plan.
 
-  With blocks of 1024 x 1024 a row of 8k takes 256 bytes, of 32k 4 KiB and of 128k 64 KiB, so that
-  a batch of 14 rows of 128k still fits; `declines` says so past that.
+  A row of 8k takes 1 KiB in blocks of 512 x 512; in blocks of 1024 x 1024 one of 32k takes 4 KiB
+  and one of 128k 64 KiB. So 14 rows of 128k on one device fit; past that `declines` says so.
   """
   return 4 * batch * blocks_q * blocks_k
 
@@ -101,7 +101,7 @@ def vmem_bytes(block_q: int, block_k: int, width: int, dtype) -> int:
   moved = 2 * (2 * block_q + 4 * block_k) * wide * size  # two buffers of q, above; k, v, dk, dv
   kept = (2 * wide + 5 * LANES) * max(block_q, block_k) * 4
   rows = 2 * 8 * 4 * (6 * block_q + 3 * block_k)
-  logits = 3 * chunk_of(max(block_q, block_k)) * max(block_q, block_k) * 4
+  logits = 4 * chunk_of(max(block_q, block_k)) * max(block_q, block_k) * 4
   return moved + kept + rows + logits
 
 
@@ -110,20 +110,28 @@ def chunk_of(block: int) -> int:
   return next((size for size in (512, 384, 256) if block % size == 0), min(block, LANES))
 
 
-def block_sizes(length: int, num_keys: int, width: int, dtype) -> tuple[int, int]:
+def block_sizes(
+  length: int, num_keys: int, width: int, dtype, device_kind: str = "TPU v5 lite"
+) -> tuple[int, int]:
   """Sizes (block_q, block_k) to plan with, for `make_plan`.
 
-  A step costs about a third of a microsecond whatever it does, as much as 256 x 256 pairs do: small
-  blocks waste steps, large ones compute more pairs that nobody sees.
+  Small blocks waste steps, each a few hundred cycles beside the thousand that 512 x 512 pairs take;
+  large ones compute more pairs that nobody sees. Documents are longer in longer rows, a v6e takes
+  two thirds of a v5e's cycles for a block, and the list of pairs must stay short: so both get
+  blocks of 1024.
 
   Args:
     length, num_keys: T and S.
     width: C.
     dtype: of q, k and v.
+    device_kind: of the device, as JAX names it.
 
   Returns:
-    Multiples of 128, at most 1024; half of it in f32 or where C > 128, to stay in VMEM.
+    Multiples of 128: 512 or 1024, less where T or S is shorter.
   """
-  largest = 1024 if jnp.dtype(dtype).itemsize < 4 and width <= LANES else 512
+  # In f32, or with wide heads, 512 x 512 pairs are work enough for a step.
+  light = jnp.dtype(dtype).itemsize < 4 and width <= LANES
+  long = max(length, num_keys) > 2**14 or "v5" not in device_kind
+  largest = 1024 if (light and long) or max(length, num_keys) > 2**16 else 512
   fit = lambda n: min(largest, -(-n // LANES) * LANES)
   return fit(length), fit(num_keys)
