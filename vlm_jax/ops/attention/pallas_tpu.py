@@ -1,4 +1,4 @@
-"""Attention on a TPU by kernels of our own (Pallas, Mosaic): forward and backward, any IntervalMask.
+"""Attention on a TPU by kernels of our own (Pallas, Mosaic), forward and backward, for every mask.
 
 Compiled for v5e, v5p and v6e, never run on a chip; what is computed is proven in interpret mode.
 
@@ -32,7 +32,7 @@ from vlm_jax.ops.attention.plan import AttentionPlan
 
 __all__ = ["attend", "block_sizes", "declines", "smem_bytes", "vmem_bytes"]
 
-# Instead of -inf for queries that see nothing: their weights exp2(MASKED - ABOVE_ALL) are exactly 0.
+# Instead of -inf for queries that see nothing: their weights, exp2(MASKED - this), are exactly 0.
 ABOVE_ALL = 2.0**126
 
 

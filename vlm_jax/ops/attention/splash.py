@@ -147,7 +147,8 @@ def _attend_backward(options, residuals, gradients):
     _, dk, dv = stock._splash_attention_bwd_dkv(
       *arrays, mask_info=_info(kinds, code, 0), bkv_compute=block_k, use_fused_bwd_kernel=False,
       **common)
-    return stock._splash_attention_bwd_dq(*arrays, mask_info=_info(kinds, code, 1), **common), dk, dv
+    dq = stock._splash_attention_bwd_dq(*arrays, mask_info=_info(kinds, code, 1), **common)
+    return dq, dk, dv
 
   dq, dk, dv = lax.map(row, (q, k, v, code, kinds, above.astype(q.dtype), lse, delta))
   return dq, dk, dv, None, None
