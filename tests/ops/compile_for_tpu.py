@@ -7,7 +7,9 @@ A case is JSON: generation, length, width, heads, groups, and options with a def
 of its own because libtpu reads its flags from the environment and keeps the process to itself.
 """
 
+import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -25,10 +27,12 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mesh import AXES, spec
 from vlm_jax.ops.attention import (
   make_plan,
   pallas_tpu,
@@ -38,8 +42,8 @@ from vlm_jax.ops.attention import (
 )
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-DEFAULTS = dict(batch=1, dtype="bfloat16", implementation="pallas_tpu", classes=False, k_index=False,
-                k_bias=False, soft_cap=None, partial=True)
+DEFAULTS = dict(batch=1, dtype="bfloat16", implementation="pallas_tpu", classes=False,
+                k_index=False, k_bias=False, soft_cap=None, partial=True, mesh=(1, 1, 1), told=True)
 
 
 class Always:
@@ -56,16 +60,20 @@ class Always:
 
 
 def compiled(generation, length, width, heads, groups, batch, dtype, implementation, classes,
-             k_index, k_bias, soft_cap):
-  """The compiled gradient of the sum of out and lse, and the block sizes."""
-  device = topologies.get_topology_desc(
-    platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-  sharding = SingleDeviceSharding(device)
-  shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-  row = shape(jnp.int32, batch, length)
+             k_index, k_bias, soft_cap, mesh, told):
+  """The compiled gradient of the sum of out and lse, and the block sizes.
+
+  mesh: devices along data, fsdp and tensor; told: whether `attend` may know of it.
+  """
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=TOPOLOGIES[generation]).devices
+  mesh = Mesh(np.array(devices[: math.prod(mesh)]).reshape(mesh), AXES)
+  shape = lambda dtype, *shape, names: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, spec(names, shape, mesh)))
+  row = shape(jnp.int32, batch, length, names=("batch", None))
   maybe = lambda wanted, value: value if wanted else None
   mask = IntervalMask(row, row, maybe(classes, row), maybe(classes, row), maybe(k_index, row))
-  blocks = pallas_tpu.block_sizes(length, length, width, dtype, device.device_kind)
+  blocks = pallas_tpu.block_sizes(length, length, width, dtype, devices[0].device_kind)
   attend = {"pallas_tpu": pallas_tpu, "splash": splash}[implementation].attend
 
   def total(arrays, mask):
@@ -73,11 +81,14 @@ def compiled(generation, length, width, heads, groups, batch, dtype, implementat
     out, lse = attend(**arrays, mask=mask, plan=plan, scale=width**-0.5, soft_cap=soft_cap)
     return out.astype(jnp.float32).sum() + lse.sum()
 
-  key = shape(jnp.dtype(dtype), batch, length, groups, width)
-  arrays = dict(q=shape(jnp.dtype(dtype), batch, length, heads, width), k=key, v=key)
+  head = lambda number, name: shape(
+    jnp.dtype(dtype), batch, length, number, width, names=("batch", None, name, None))
+  key = head(groups, "kv_heads")
+  arrays = dict(q=head(heads, "heads"), k=key, v=key)
   if k_bias:
-    arrays["k_bias"] = shape(jnp.float32, batch, length)
-  return jax.jit(jax.grad(total)).lower(arrays, mask).compile(), blocks
+    arrays["k_bias"] = shape(jnp.float32, batch, length, names=("batch", None))
+  with jax.set_mesh(mesh) if told else contextlib.nullcontext():
+    return jax.jit(jax.grad(total)).lower(arrays, mask).compile(), blocks
 
 
 def vector_memory(text: str) -> dict[str, int]:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +160,12 @@ def test_a_document_does_not_notice_another_and_ten_runs_are_one():
     before, after = np.asarray(got[name]), np.asarray(other[name])
     assert (before[0, end:] == after[0, end:]).all() and (before[1] == after[1]).all(), name
     assert (before[0, :end] != after[0, :end]).any(), name
+
+
+def test_eight_devices_are_one():
+  script = Path(__file__).with_name("eight_devices.py")
+  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-3000:]
 
 
 def test_pairs_are_those_of_the_plan_in_order():

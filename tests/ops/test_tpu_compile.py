@@ -5,6 +5,7 @@ No TPU is needed: libtpu compiles for one that is described. Nothing is run.
 
 import itertools
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -26,10 +27,10 @@ EVERYTHING = dict(classes=True, k_index=True, k_bias=True, soft_cap=30.0)
 FEW = {
   "v5e": ((8192, 64, (8, 8), EVERYTHING), (8192, 128, (32, 8), {}), (32768, 256, (16, 1), {}),
           (32768, 128, (8, 8), dict(classes=True))),
-  "v5p": ((8192, 128, (16, 1), EVERYTHING), (8192, 256, (8, 8), {}), (32768, 64, (32, 8), {}),
-          (32768, 128, (16, 1), dict(batch=4))),
-  "v6e": ((8192, 256, (32, 8), EVERYTHING), (8192, 64, (16, 1), {}), (32768, 128, (8, 8), {}),
-          (32768, 64, (32, 8), dict(batch=2))),
+  "v5p": ((8192, 128, (16, 1), EVERYTHING), (8192, 256, (8, 8), {}), (8192, 128, (32, 8), {}),
+          (32768, 64, (32, 8), dict(batch=4))),
+  "v6e": ((8192, 256, (32, 8), EVERYTHING), (8192, 64, (16, 1), {}), (32768, 256, (16, 1), {}),
+          (32768, 128, (8, 8), dict(batch=2))),
 }
 
 
@@ -55,14 +56,14 @@ def compile_for_tpu(folder: Path, cases: list[dict]) -> list[dict]:
 
 def check(report: dict) -> None:
   """Three kernels, within the memory that a kernel may plan with and that we say they take."""
-  made = report["case"]
+  made, devices = report["case"], math.prod(report["case"]["mesh"][:2])
   assert set(report["vmem"]) == set(report["smem"]) == KERNELS, report
   blocks = made["length"] // report["block_q"], made["length"] // report["block_k"]
   assert report["block_q"] >= 512 and report["block_k"] >= 512
   said = pallas_tpu.vmem_bytes(report["block_q"], report["block_k"], made["width"], made["dtype"])
   for kernel in KERNELS:
     assert 2**18 < report["vmem"][kernel] <= said <= SPARE * VMEM_BYTES, (kernel, said, report)
-    listed = pallas_tpu.smem_bytes(made["batch"], *blocks)
+    listed = pallas_tpu.smem_bytes(made["batch"] // devices, *blocks)
     assert listed <= report["smem"][kernel] <= SPARE * SMEM_BYTES, (kernel, listed, report)
     assert report["smem"][kernel] - listed < 2**14, "beside the list there is little"
 
@@ -94,6 +95,16 @@ def test_compiles_float32(tmp_path, generation):
   for report in compile_for_tpu(
       tmp_path, [case(generation, 8192, width, (8, 2), dtype="float32") for width in (128, 256)]):
     check(report)
+
+
+def test_each_device_of_a_mesh_has_its_own_rows_and_heads(tmp_path):
+  shape = case("v5e", 8192, 128, (8, 2), batch=2, mesh=(1, 2, 2))
+  report, = compile_for_tpu(tmp_path, [shape])
+  check(report)
+  # 1 row and 4 heads on 1 group; 2 + 3 + 4 products in the three kernels.
+  assert report["flops"] == pytest.approx(9 * 2 * 8192**2 * 128 * 4, rel=0.01)
+  with pytest.raises(AssertionError, match="Mosaic kernels cannot be automatically partitioned"):
+    compile_for_tpu(tmp_path, [shape | dict(told=False)])
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])

@@ -4,8 +4,7 @@ Compiled for v5e, v5p and v6e, never run on a chip; what is computed is proven i
 
 The grid walks the plan's active blocks only (pallas_tpu_layout); the mask is computed in the kernel
 from two or three int32 per token, and only in partial blocks. Keys and values are read once for
-each group, never repeated. A kernel is not partitioned by the compiler: with several devices,
-call `attention` inside `jax.shard_map`.
+each group, never repeated. Under `jax.set_mesh` each device computes its own rows and heads.
 """
 
 import functools
@@ -29,6 +28,7 @@ from vlm_jax.ops.attention.pallas_tpu_layout import (
   vmem_bytes,
 )
 from vlm_jax.ops.attention.plan import AttentionPlan
+from vlm_jax.ops.attention.sharding import on_mesh
 
 __all__ = ["attend", "block_sizes", "declines", "smem_bytes", "vmem_bytes"]
 
@@ -105,9 +105,12 @@ def attend(
     through both, to q, k, v and k_bias, and are bitwise repeatable.
   """
   assert bias is None, "see declines"
-  call = _call(q, k, plan, scale, soft_cap, interpret)
-  out, lse = _attend(q, k, v, k_bias, mask, plan, call)
-  return out, lse
+
+  def local(q, k, v, k_bias, mask, plan):
+    call = _call(q, k, plan, scale, soft_cap, interpret)
+    return _attend(q, k, v, k_bias, mask, plan, call)
+
+  return on_mesh(local, q, k, v, k_bias, mask, plan)
 
 
 def _call(q, k, plan, scale, soft_cap, interpret) -> Call:

@@ -25,6 +25,7 @@ from vlm_jax.ops.attention.pallas_tpu_forward import (
   Operands,
   cap,
   columns,
+  each_chunk,
   forward_specs,
   lane_sums,
   matmul,
@@ -39,7 +40,6 @@ from vlm_jax.ops.attention.pallas_tpu_layout import (
   STARTS,
   VMEM_BYTES,
   WHOLE,
-  chunk_of,
 )
 
 
@@ -52,7 +52,6 @@ def _logit_gradient(weights: Array, inner: Array, delta: Array, bent: Array | No
 def _dq_kernel(entries, operands: Operands, above, lse, delta, dq, acc, q_columns, lse_columns,
                delta_columns, *, call: Call):
   entry = entries[pl.program_id(1)]
-  chunk = chunk_of(call.block_q)
 
   @pl.when((entry & STARTS) != 0)
   def start():
@@ -62,8 +61,8 @@ def _dq_kernel(entries, operands: Operands, above, lse, delta, dq, acc, q_column
     delta_columns[...] = columns(delta[...])
 
   def step(masked: bool):
-    for number in range(call.block_q // chunk):
-      queries = pl.ds(number * chunk, chunk)
+    @each_chunk(call.block_q)
+    def chunk(queries):
       logits, bent = cap(matmul(operands.q[queries], operands.k[...], NT), call.soft_cap)
       if operands.k_bias is not None:
         logits += operands.k_bias[...]
@@ -94,7 +93,6 @@ def _dkv_kernel(entries, operands: Operands, above, lse, delta, dk, dv, dbias, a
                 acc_bias, k_columns, bias_columns, *, call: Call):
   entry = entries[pl.program_id(1)]
   head = pl.program_id(2)
-  chunk = chunk_of(call.block_k)
   columns_of = {name: row for name, row in (("k_index", operands.k_index),
                                             ("k_class", operands.k_class)) if row is not None}
 
@@ -115,13 +113,13 @@ def _dkv_kernel(entries, operands: Operands, above, lse, delta, dk, dv, dbias, a
            for number, name in enumerate(columns_of)}
     if "k_index" not in own:
       first = call.by_key.run(entry) * call.block_k + keys.start
-      own["k_index"] = first + lax.broadcasted_iota(jnp.int32, (chunk, call.block_q), 0)
+      own["k_index"] = first + lax.broadcasted_iota(jnp.int32, (keys.size, call.block_q), 0)
     q_class = fields[2] if len(fields) == 3 else None
     return visible(fields[0], fields[1], own["k_index"], q_class, own.get("k_class"))
 
   def step(masked: bool):
-    for number in range(call.block_k // chunk):
-      keys = pl.ds(number * chunk, chunk)
+    @each_chunk(call.block_k)
+    def chunk(keys):
       logits, bent = cap(matmul(operands.k[keys], operands.q[...], NT), call.soft_cap)
       if operands.k_bias is not None:
         logits += spread(bias_columns[keys], call.block_q)

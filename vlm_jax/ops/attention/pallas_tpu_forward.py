@@ -136,6 +136,17 @@ def spread(x: Array, lanes: int) -> Array:
   return jnp.tile(x, (1, -(-lanes // LANES)))[:, :lanes]
 
 
+def each_chunk(block: int):
+  """Decorator: calls a function with the slice of each chunk of a block, unrolled."""
+  size = chunk_of(block)
+
+  def unroll(body):
+    for start in range(0, block, size):
+      body(pl.ds(start, size))
+
+  return unroll
+
+
 def forward_specs(call: Call, operands: Operands) -> Operands:
   """BlockSpecs of the operands on a grid (H, pairs) with `Call.by_query`."""
   pairs, repeats = call.by_query, np.int32(call.heads // call.groups)
@@ -181,7 +192,6 @@ def seen_in_rows(operands: Operands, q_columns, queries: pl.Slice, key_start: Ar
 
 def _kernel(entries, operands: Operands, out, lse, top, total, acc, q_columns, *, call: Call):
   entry = entries[pl.program_id(1)]
-  chunk = chunk_of(call.block_q)
 
   @pl.when((entry & STARTS) != 0)
   def start():
@@ -191,8 +201,8 @@ def _kernel(entries, operands: Operands, out, lse, top, total, acc, q_columns, *
     query_columns(operands.q_fields, q_columns)
 
   def step(masked: bool):
-    for number in range(call.block_q // chunk):
-      queries = pl.ds(number * chunk, chunk)
+    @each_chunk(call.block_q)
+    def chunk(queries):
       logits, _ = cap(matmul(operands.q[queries], operands.k[...], NT), call.soft_cap)
       if operands.k_bias is not None:
         logits += operands.k_bias[...]

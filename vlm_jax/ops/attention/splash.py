@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
 from vlm_jax.ops.attention.plan import EMPTY, AttentionPlan
+from vlm_jax.ops.attention.sharding import on_mesh
 
 LANES = 128
 MASKED = -1e30
@@ -77,15 +78,19 @@ def attend(
     Gradients flow through both.
   """
   assert bias is None and k_bias is None, "see declines"
-  length, num_keys = q.shape[1], k.shape[1]
-  more_q, more_k = -length % plan.block_q, -num_keys % plan.block_k
-  first = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
-  lo, hi = (jnp.clip(x, 0, num_keys) for x in (mask.lo, mask.hi))
-  code = jnp.pad((lo << 16) | hi, ((0, 0), (0, more_q)))  # 0: lo = hi = 0 sees nothing
-  q = first((q.astype(jnp.float32) * scale).astype(q.dtype), more_q)
-  options = (plan.block_q, plan.block_k, soft_cap, interpret)
-  out, lse = _attend(q, first(k, more_k), first(v, more_k), code, plan.kinds, options)
-  return out.swapaxes(1, 2)[:, :length], lse.swapaxes(1, 2)[:, :length]
+
+  def local(q, k, v, k_bias, mask, plan):
+    length, num_keys = q.shape[1], k.shape[1]
+    more_q, more_k = -length % plan.block_q, -num_keys % plan.block_k
+    first = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
+    lo, hi = (jnp.clip(x, 0, num_keys) for x in (mask.lo, mask.hi))
+    code = jnp.pad((lo << 16) | hi, ((0, 0), (0, more_q)))  # 0: lo = hi = 0 sees nothing
+    q = first((q.astype(jnp.float32) * scale).astype(q.dtype), more_q)
+    options = (plan.block_q, plan.block_k, soft_cap, interpret)
+    out, lse = _attend(q, first(k, more_k), first(v, more_k), code, plan.kinds, options)
+    return out.swapaxes(1, 2)[:, :length], lse.swapaxes(1, 2)[:, :length]
+
+  return on_mesh(local, q, k, v, None, mask, plan)
 
 
 def _interval(code: Array, index: Array) -> Array:
