@@ -1,4 +1,4 @@
-"""Run by test_pallas_tpu.py in a process of its own: the TPU kernels on meshes of 8 devices.
+"""Run by test_pallas_tpu_grid.py in a process of its own: the TPU kernels on meshes of 8 devices.
 
 Prints a line per case and "ok"; an assertion fails the process.
 """

@@ -90,39 +90,39 @@ def _dq_kernel(entries, operands: Operands, above, lse, delta, dq, acc, q_column
 
 
 def _dkv_kernel(entries, operands: Operands, above, lse, delta, dk, dv, dbias, acc_k, acc_v,
-                acc_bias, k_columns, bias_columns, *, call: Call):
+                acc_bias, bias, k_index, k_class, *, call: Call):
   entry = entries[pl.program_id(1)]
   head = pl.program_id(2)
-  columns_of = {name: row for name, row in (("k_index", operands.k_index),
-                                            ("k_class", operands.k_class)) if row is not None}
 
   @pl.when(((entry & STARTS) != 0) & (head == 0))
   def start():
     acc_k[...] = jnp.zeros_like(acc_k)
     acc_v[...] = jnp.zeros_like(acc_v)
-    for number, row in enumerate(columns_of.values()):
-      k_columns[number] = columns(row[...])
+    for rows, turned in ((operands.k_bias, bias), (operands.k_index, k_index),
+                         (operands.k_class, k_class)):
+      if rows is not None:
+        turned[...] = columns(rows[...])
     if operands.k_bias is not None:
       acc_bias[...] = jnp.zeros_like(acc_bias)
-      bias_columns[...] = columns(operands.k_bias[...])
 
   def seen_in_columns(keys: pl.Slice) -> Array:
     """bool[chunk,bq]: by which queries of the block a chunk of keys is seen."""
     fields = [operands.q_fields[pl.ds(n, 1), :] for n in range(operands.q_fields.shape[0])]
-    own = {name: spread(k_columns[number, keys], call.block_q)
-           for number, name in enumerate(columns_of)}
-    if "k_index" not in own:
+    if k_index is None:
       first = call.by_key.run(entry) * call.block_k + keys.start
-      own["k_index"] = first + lax.broadcasted_iota(jnp.int32, (keys.size, call.block_q), 0)
-    q_class = fields[2] if len(fields) == 3 else None
-    return visible(fields[0], fields[1], own["k_index"], q_class, own.get("k_class"))
+      index = first + lax.broadcasted_iota(jnp.int32, (keys.size, call.block_q), 0)
+    else:
+      index = spread(k_index[keys], call.block_q)
+    lo, hi, q_class = (*fields, None)[:3]
+    own = None if k_class is None else spread(k_class[keys], call.block_q)
+    return visible(lo, hi, index, q_class, own)
 
   def step(masked: bool):
     @each_chunk(call.block_k)
     def chunk(keys):
       logits, bent = cap(matmul(operands.k[keys], operands.q[...], NT), call.soft_cap)
       if operands.k_bias is not None:
-        logits += spread(bias_columns[keys], call.block_q)
+        logits += spread(bias[keys], call.block_q)
       if masked:
         logits = jnp.where(seen_in_columns(keys), logits, MASKED)
       weights = jnp.exp2(logits - lse[...])
@@ -240,10 +240,10 @@ def backward_kv(call: Call, operands: Operands, above, lse, delta, kinds: Array)
   entries, steps = call.by_key.compact(kinds.swapaxes(1, 2))
   specs, row = _backward_specs(call, operands)
   biased = operands.k_bias is not None
-  k_columns = max(1, (operands.k_index is not None) + (operands.k_class is not None))
-  lanes = pltpu.VMEM((call.block_k, LANES) if biased else (8, LANES), jnp.float32)
+  lanes = pltpu.VMEM((call.block_k, LANES), jnp.float32)
+  column = pltpu.VMEM((call.block_k, LANES), jnp.int32)
   gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
-  bias = jax.ShapeDtypeStruct((*operands.k.shape[:3], LANES), jnp.float32) if biased else None
+  dbias = jax.ShapeDtypeStruct((*operands.k.shape[:3], LANES), jnp.float32) if biased else None
   bias_spec = pl.BlockSpec((None, None, call.block_k, LANES), specs.k.index_map) if biased else None
   return pl.pallas_call(
     functools.partial(_dkv_kernel, call=call),
@@ -255,12 +255,13 @@ def backward_kv(call: Call, operands: Operands, above, lse, delta, kinds: Array)
       scratch_shapes=[
         pltpu.VMEM((call.block_k, call.width), jnp.float32),
         pltpu.VMEM((call.block_k, call.width), jnp.float32),
-        lanes,
-        pltpu.VMEM((k_columns, call.block_k, LANES), jnp.int32),
-        lanes,
+        lanes if biased else None,
+        lanes if biased else None,
+        column if operands.k_index is not None else None,
+        column if operands.k_class is not None else None,
       ],
     ),
-    out_shape=(gradient, gradient, bias),
+    out_shape=(gradient, gradient, dbias),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
     cost_estimate=_cost(call, operands.q.dtype.itemsize, 4, by_key=True),
