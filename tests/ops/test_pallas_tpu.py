@@ -79,6 +79,14 @@ def test_matches_the_oracle(name):
     assert not np.asarray(got["q"])[nothing].any(), "and have exactly zero gradient"
 
 
+def test_a_batch_that_sees_nothing_at_all():
+  case = CASES["causal"]
+  x, mask = case.draw(0)
+  got = compiled(case)(x, dataclasses.replace(mask, hi=mask.lo))
+  assert np.isneginf(got["lse"]).all()
+  assert not any(np.asarray(got[name]).any() for name in ("out", "q", "k", "v"))
+
+
 def broken(case: Case, how: str, x, mask: IntervalMask):
   """Inputs that give the kernel something else to do than the oracle does."""
   replace = functools.partial(dataclasses.replace, mask)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tests.ops.tpu_cases import TOLERANCE, documents, errors, inputs, oracle, program
 from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mesh import AXES
 from vlm_jax.ops.attention import make_plan, pallas_tpu, pallas_tpu_forward
 from vlm_jax.ops.attention.pallas_tpu_layout import ENDS, STARTS, WHOLE, Pairs
 
@@ -163,6 +164,11 @@ def test_takes_what_it_can_do():
   rows = (14, 2**17, 8, 128)
   assert pallas_tpu.declines(
     request(plan=blocks(14, 128, 1024), q_shape=rows, k_shape=rows)) is None
+  rows = (16, 2**17, 8, 128)
+  many = request(plan=blocks(16, 128, 1024), q_shape=rows, k_shape=rows)
+  assert pallas_tpu.declines(many).startswith("16 rows of 128 x 128 blocks")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 4), AXES)):
+    assert pallas_tpu.declines(many) is None  # a device has 8 of them
 
 
 @pytest.mark.parametrize("length,smem,vmem", [
@@ -204,5 +210,5 @@ def test_the_cost_is_of_active_blocks_where_their_number_is_known():
 
 def test_eight_devices_are_one():
   script = Path(__file__).with_name("eight_devices.py")
-  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=550)
   assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-3000:]

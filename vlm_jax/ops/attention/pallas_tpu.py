@@ -28,7 +28,7 @@ from vlm_jax.ops.attention.pallas_tpu_layout import (
   vmem_bytes,
 )
 from vlm_jax.ops.attention.plan import AttentionPlan
-from vlm_jax.ops.attention.sharding import on_mesh
+from vlm_jax.ops.attention.sharding import on_mesh, rows_here
 
 __all__ = ["attend", "block_sizes", "declines", "smem_bytes", "vmem_bytes"]
 
@@ -62,9 +62,10 @@ def declines(request) -> str | None:
             f"{(batch, blocks_q, blocks_k)}")
   if width > 256:
     return f"heads of width {width} are wider than 256"
-  needed = smem_bytes(batch, blocks_q, blocks_k)
-  if needed > SPARE * SMEM_BYTES or not Pairs(blocks_q, blocks_k).fits(batch):
-    return (f"{batch} rows of {blocks_q} x {blocks_k} blocks take {needed} bytes of scalar memory, "
+  rows = rows_here(batch)
+  needed = smem_bytes(rows, blocks_q, blocks_k)
+  if needed > SPARE * SMEM_BYTES or not Pairs(blocks_q, blocks_k).fits(rows):
+    return (f"{rows} rows of {blocks_q} x {blocks_k} blocks take {needed} bytes of scalar memory, "
             f"more than {int(SPARE * SMEM_BYTES)}: use fewer rows a device or larger blocks")
   needed = vmem_bytes(plan.block_q, plan.block_k, width, dtype)
   if needed > SPARE * VMEM_BYTES:

@@ -5,6 +5,7 @@ are independent, so `jax.shard_map` gives every device its own and nothing is co
 """
 
 import functools
+import math
 
 import jax
 from jax.sharding import PartitionSpec
@@ -13,6 +14,25 @@ from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import spec
 from vlm_jax.core.typing import Array
 from vlm_jax.ops.attention.plan import AttentionPlan
+
+
+def rows_here(batch: int) -> int:
+  """How many of the rows of a batch a device computes, on the mesh of `jax.set_mesh`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if _whole(mesh):
+    return batch
+  return batch // _ways(spec(("batch",), (batch,), mesh)[0], mesh)
+
+
+def _ways(axes: str | tuple[str, ...] | None, mesh) -> int:
+  """Over how many devices an entry of a PartitionSpec spreads its axis."""
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def _whole(mesh) -> bool:
+  """Whether arrays are here as they are: one device, or already a part, in a `jax.shard_map`."""
+  return mesh.empty or mesh.size == 1 or bool(mesh.manual_axes)
 
 
 def on_mesh(local, q: Array, k: Array, v: Array, k_bias: Array | None, mask: IntervalMask,
@@ -32,7 +52,7 @@ def on_mesh(local, q: Array, k: Array, v: Array, k_bias: Array | None, mask: Int
     The whole out and lse, sharded by rows and heads.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+  if _whole(mesh):
     return local(q, k, v, k_bias, mask, plan)
   q_spec = spec(("batch", None, "heads", None), q.shape, mesh)
   k_spec = spec(("batch", None, "kv_heads", None), k.shape, mesh)
