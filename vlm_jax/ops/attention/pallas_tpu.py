@@ -3,8 +3,8 @@
 Compiled for v5e, v5p and v6e, never run on a chip; what is computed is proven in interpret mode.
 
 The grid walks the plan's active blocks only (pallas_tpu_layout); the mask is computed in the kernel
-from two or three int32 per token, and only in partial blocks. Keys and values are read once for
-each group, never repeated. Under `jax.set_mesh` each device computes its own rows and heads.
+from two or three int32 per token, and only in partial blocks. The heads of a group share its keys
+and values, nothing is repeated. Under `jax.set_mesh` each device computes its own rows and heads.
 """
 
 import functools
@@ -55,7 +55,7 @@ def declines(request) -> str | None:
   dtype = jnp.dtype(request.dtype)
   if dtype not in (jnp.float32, jnp.bfloat16):
     return f"it computes in float32 and bfloat16, not in {dtype.name}"
-  batch, length, heads, width = request.q_shape
+  batch, length, _, width = request.q_shape
   blocks_q, blocks_k = -(-length // plan.block_q), -(-request.k_shape[1] // plan.block_k)
   if plan.kinds.shape != (batch, blocks_q, blocks_k):
     return (f"the plan is of {plan.kinds.shape} blocks, and these arrays have "
@@ -93,7 +93,7 @@ def attend(
     q: f[B,T,H,C], f32 or bf16.
     k, v: f[B,S,G,C] with H a multiple of G.
     mask: fields [B,T] and [B,S].
-    plan: `make_plan` of this mask; without an interpreter, blocks are multiples of 128.
+    plan: `make_plan` of this mask; its blocks are multiples of 128, see `block_sizes`.
     scale: of the logits.
     soft_cap: None leaves the logits as they are.
     bias: None; `declines` refuses others.

@@ -17,10 +17,8 @@ LANES = 128
 # Bits of a list entry: the pair is the first or the last of its run, or needs no mask.
 STARTS, ENDS, WHOLE = 1, 2, 4
 FLAG_BITS = 3
-# What a kernel may plan with of a core's scalar memory and, half of the smallest generation's
-# (v5p: 64 MiB; v5e and v6e have 128), of its vector memory.
-SMEM_BYTES = 2**20
-VMEM_BYTES = 2**25
+SMEM_BYTES = 2**20  # of a core, v5e to v6e
+VMEM_BYTES = 2**25  # half of a v5p's, a quarter of a v5e's or v6e's: the limit we compile with
 SPARE = 0.9  # the share of them that is used
 
 
