@@ -13,6 +13,8 @@ python=${PYTHON:-$(find_python 11 12 13)} ||
   die "no Python 3.11, 3.12 or 3.13 found; install one, or set PYTHON to its path"
 make_env test test "$python" -c constraints.txt
 bin=.venv/test/bin
+# The environment has libtpu, which compiles for TPUs; nothing shall look for a TPU to run on.
+export JAX_PLATFORMS=cpu
 
 say "lint"
 "$bin/ruff" check .

@@ -1,6 +1,7 @@
 """What every implementation of attention is tested with: packs, an oracle in float64, runners."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.core.mask import IntervalMask
-from vlm_jax.ops.attention import DistanceBias, dense, make_plan, xla
+from vlm_jax.ops.attention import DistanceBias, dense, make_plan, pallas_tpu, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,13 @@ class Runner:
   biased: bool = True
 
 
-RUNNERS = {"xla": Runner(xla.attend), "dense": Runner(dense.attend)}
+RUNNERS = {
+  "xla": Runner(xla.attend),
+  "dense": Runner(dense.attend),
+  # Its smallest blocks are wider than these packs; test_pallas_tpu.py has packs of many blocks.
+  "pallas_tpu": Runner(functools.partial(pallas_tpu.attend, interpret=True), (128, 128), False),
+}
+HERE = ("xla", "dense")  # those that `attention` can choose on this platform
 
 POLICIES = ("causal", "prefix", "spans", "own_image", "window", "last_image_cross", "last_image",
             "cut", "full", "fan_out")

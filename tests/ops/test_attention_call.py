@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from tests.ops.attention_base import error, inputs, oracle, random_pack
+from tests.ops.attention_base import HERE, error, inputs, oracle, random_pack
 from vlm_jax.core.errors import UsageError
 from vlm_jax.ops.attention import (
-  ORDER,
   DistanceBias,
   Request,
   attention,
@@ -52,7 +51,7 @@ def test_short_rows_go_to_dense_unless_asked():
   name, refusals = choose(request)
   assert name == "dense" and "nothing to skip" in refusals["xla"]
   assert choose(request, "xla")[0] == "xla"
-  out = [attention(x["q"], x["k"], x["v"], mask, plan=plan, implementation=name) for name in ORDER]
+  out = [attention(x["q"], x["k"], x["v"], mask, plan=plan, implementation=name) for name in HERE]
   assert error(out[0], out[-1]) < 2e-6
 
 
@@ -117,7 +116,7 @@ def test_debug_mode_finds_what_only_the_data_shows():
   attention(x["q"], x["k"], x["v"], replace(hi=mask.hi + 100), plan=plan)
 
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", HERE)
 def test_disjoint_keys_merge_exactly(name):
   mask, x, _ = small("fan_out")
   host = jax.tree.map(np.asarray, mask)
@@ -163,7 +162,7 @@ def test_a_bias_outside_the_mask_is_not_read():
   mask, x, plan = small()
   inside = np.random.default_rng(1).normal(size=(2, 4, 70, 70)).astype(np.float32)
   bias = np.where(np.asarray(mask.dense(70))[:, None], inside, 1e9).astype(np.float32)
-  for name in ORDER:
+  for name in HERE:
     call = lambda bias, name=name: attention(x["q"], x["k"], x["v"], mask, plan=plan, bias=bias,
                                              implementation=name)
     assert error(call(bias), call(inside)) < 2e-6

@@ -99,11 +99,19 @@ def test_flops_are_those_of_active_blocks():
   assert (pairs >= mask.dense(keys).sum((1, 2))).all()
 
 
+def tpu():
+  """As if a v5e were there."""
+  device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", platform="tpu", num_cores=None)
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
 def test_no_array_of_queries_times_keys():
   """At 128k tokens the mask would have 17 billion entries; the plan's largest has 100 million."""
   shape = jax.ShapeDtypeStruct((1, 2**17), jnp.int32)
   mask = xla.IntervalMask(shape, shape)
-  block_q, block_k = block_sizes(2**17, 2**17, "tpu")
+  with tpu():
+    block_q, block_k = block_sizes(2**17, 2**17, "tpu")
   traced = jax.make_jaxpr(lambda mask: make_plan(mask, 2**17, block_q=block_q, block_k=block_k))
   largest = max(var.aval.size for eqn in traced(mask).eqns for var in eqn.outvars)
   assert largest <= 2**17 * 2**17 // block_k
@@ -111,8 +119,13 @@ def test_no_array_of_queries_times_keys():
 
 def test_block_sizes_fit_what_is_short():
   assert block_sizes(10, 33, "cpu") == (16, 40)
-  assert block_sizes(10, 8192, "tpu") == (128, 512)
+  assert block_sizes(10, 8192, "gpu") == (128, 512)
+  with tpu():
+    assert block_sizes(10, 8192, "tpu") == (128, 512)
+    assert block_sizes(2**15, 2**15, "tpu") == (1024, 1024)
+    assert block_sizes(2**15, 2**15, "tpu", width=256) == (512, 512)
+    assert block_sizes(2**15, 2**15, "tpu", dtype=jnp.float32) == (512, 512)
   # A product of a tile has rows for all cores, whatever the number of heads that share keys.
   for sharing in (1, 2, 4, 8):
-    block_q, block_k = block_sizes(8192, 8192, "cpu", sharing)
+    block_q, block_k = block_sizes(8192, 8192, "cpu", sharing=sharing)
     assert block_q * sharing * block_k >= 2**17

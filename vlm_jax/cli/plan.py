@@ -146,16 +146,17 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
   if hasattr(tower, "attention_shape"):
     length, *sizes = tower.attention_shape(config.tower)
     shapes["tower"] = (length, length, *sizes)
-  rows = {}
+  rows, dtype = {}, jnp.dtype(config.precision.compute)
   for name, (length, keys, heads, groups, width) in shapes.items():
     mask = jax.tree.map(lambda field: np.asarray(field)[None], full(length))
     context = functools.partial(make_context, rotation=None, sharing=heads // groups, keys=keys,
+                                width=width, dtype=dtype,
                                 blocks=(config.attention.block_q, config.attention.block_k))
     plan = jax.eval_shape(context, mask).plan
     # The layout may also write classes, which every implementation takes.
     request = attention.Request(
       q_shape=(1, length, heads, width), k_shape=(1, keys, groups, width), plan=plan,
-      dtype=jnp.dtype(config.precision.compute), has_bias=name in getattr(module, "BIASED", ()))
+      dtype=dtype, has_bias=name in getattr(module, "BIASED", ()))
     chosen, refused = attention.choose(request, config.attention.implementation)
     rows[name] = {"length": length, "keys": keys, "heads": heads, "groups": groups,
                   "head_dim": width, "implementation": chosen, "refused": refused,

@@ -251,4 +251,5 @@ class Model(nn.Module):
   def _plan(self, mask: IntervalMask, **fields) -> Context:
     blocks = (self.attention.block_q, self.attention.block_k)
     sharing = self.config.heads // self.config.kv_heads
-    return make_context(mask, None, blocks, sharing=sharing, **fields)
+    return make_context(mask, None, blocks, sharing=sharing, width=head_dim(self.config),
+                        dtype=self.precision.compute, **fields)

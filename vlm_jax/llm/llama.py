@@ -174,7 +174,8 @@ class Model(nn.Module):
     """
     plan = functools.partial(
       make_context, blocks=(self.attention.block_q, self.attention.block_k),
-      sharing=self.config.heads // self.config.kv_heads)
+      sharing=self.config.heads // self.config.kv_heads, width=head_dim(self.config),
+      dtype=self.precision.compute)
     turn = rotation(positions, sequence(head_dim(self.config), self.config.rope_theta))
     if cache is None:
       context, columns = plan(mask, turn), None

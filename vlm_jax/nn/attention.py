@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
@@ -46,6 +47,8 @@ def make_context(
   keys: int | None = None,
   bias: Bias | None = None,
   sharing: int = 1,
+  width: int = 128,
+  dtype: jnp.dtype = jnp.bfloat16,
 ) -> Context:
   """Plans the mask once for all layers.
 
@@ -57,7 +60,8 @@ def make_context(
     length: i32[], columns written so far.
     keys: S of another stream that is read (cross-attention), None for the queries' own.
     bias: see `Context`.
-    sharing: query heads of a group, H // G.
+    sharing, width, dtype: query heads of a group H // G, C, and the dtype that is computed in; of
+      use where the block sizes are 0.
 
   Raises:
     ValueError: a cache with a mask that does not say which key is in which column.
@@ -68,7 +72,8 @@ def make_context(
     got = None if mask.k_index is None else mask.k_index.shape
     raise ValueError(f"with a cache of {columns} columns mask.k_index must be i32[B,{columns}] "
                      f"(core.mask.NEVER in columns nobody sees), got {got}")
-  suited = block_sizes(mask.num_queries, keys, platform(), sharing)
+  suited = block_sizes(mask.num_queries, keys, platform(), sharing=sharing, width=width,
+                       dtype=dtype)
   block_q, block_k = (given or own for given, own in zip(blocks, suited, strict=True))
   plan = make_plan(mask, keys, block_q=block_q, block_k=block_k)
   return Context(mask, plan, rotation, length, bias)

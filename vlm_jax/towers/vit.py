@@ -204,7 +204,10 @@ class Model(nn.Module):
     norm = lambda name: LayerNorm(config.norm_eps, self.precision, name=name)
     if config.pre_norm:
       x = norm("pre_norm")(x)
-    blocks = (self.attention.block_q, self.attention.block_k)
+    context = make_context(
+      see_all(x.shape[1], x.shape[1], x.shape[0]), None,
+      (self.attention.block_q, self.attention.block_k), width=config.width // config.heads,
+      dtype=self.precision.compute)
     x, _ = stack.run(
       Block,
       config.depth,
@@ -215,7 +218,7 @@ class Model(nn.Module):
       implementation=self.attention.implementation,
       precision=self.precision,
       name="layers",
-    )(x, None, make_context(see_all(x.shape[1], x.shape[1], x.shape[0]), None, blocks))
+    )(x, None, context)
     if config.post_norm and (used == config.depth or self.is_initializing()):
       x = norm("post_norm")(x)
     pooled = self._pool(x)

@@ -9,23 +9,22 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
-import jax
-from jax.sharding import PartitionSpec
-
-from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
-from vlm_jax.ops.attention import check, dense, xla
+from vlm_jax.ops.attention import check, dense, pallas_tpu, splash, xla
 from vlm_jax.ops.attention.bias import Bias, DistanceBias
+from vlm_jax.ops.attention.blocks import block_sizes
 from vlm_jax.ops.attention.merge import merge
-from vlm_jax.ops.attention.plan import AttentionPlan, block_sizes, make_plan
+from vlm_jax.ops.attention.plan import AttentionPlan, make_plan
 from vlm_jax.ops.attention.request import Request, platform
+from vlm_jax.ops.attention.sharding import on_mesh
 
 __all__ = ["ORDER", "AttentionPlan", "Bias", "DistanceBias", "Request", "attention", "block_sizes",
            "check", "choose", "make_plan", "merge", "platform"]
 
-ORDER: Mapping[str, ModuleType] = MappingProxyType({"xla": xla, "dense": dense})
+ORDER: Mapping[str, ModuleType] = MappingProxyType({
+  "pallas_tpu": pallas_tpu, "splash": splash, "xla": xla, "dense": dense})
 
 
 def choose(request: Request, implementation: str = "auto") -> tuple[str, dict[str, str]]:
@@ -100,7 +99,7 @@ def attention(
   check.data(mask, k.shape[1], plan)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   run = functools.partial(_run, scale=scale, soft_cap=soft_cap, implementation=implementation)
-  out, lse = _on_mesh(run, q, k, bias)(q, k, v, mask, plan, bias, k_bias)
+  out, lse = on_mesh(run, q, k, v, mask, plan, bias, k_bias)
   return (out, lse) if return_lse else out
 
 
@@ -114,21 +113,3 @@ def _run(q, k, v, mask, plan, bias, k_bias, *, scale, soft_cap, implementation):
   name, _ = choose(request, implementation)
   return ORDER[name].attend(q, k, v, mask, plan, scale=scale, soft_cap=soft_cap, bias=bias,
                             k_bias=k_bias)
-
-
-def _on_mesh(run, q: Array, k: Array, bias: Bias | None):
-  """`run` on each device's rows and heads, which need nothing of the others'."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-    return run
-  rows, _, groups, _ = mesh_lib.spec(("batch", None, "kv_heads", None), k.shape, mesh)
-  # Heads are only spread where their groups are, so that both stay together.
-  heads = mesh_lib.spec(("batch", None, "heads", None), q.shape, mesh)[2] if groups else None
-  row = PartitionSpec(rows)
-  if isinstance(bias, DistanceBias):
-    biased = dataclasses.replace(bias, table=PartitionSpec(heads), q_position=row, k_position=row)
-  else:
-    biased = PartitionSpec(None if bias is None or bias.shape[0] == 1 else rows, heads)
-  split = PartitionSpec(rows, None, heads)
-  return jax.shard_map(run, mesh=mesh, in_specs=(split, split, split, row, row, biased, row),
-                       out_specs=(split, split), check_vma=False)

@@ -13,7 +13,6 @@ from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.typing import Array
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-SHORT = 2048  # slots of a row, see `block_sizes`
 
 
 @jax.tree_util.register_dataclass
@@ -64,25 +63,6 @@ def pad_mask(mask: IntervalMask, num_keys: int, block_q: int, block_k: int) -> I
     k_class=pad(mask.k_class, zeros_k, more_k, 0),
     k_index=pad(mask.k_index, index, more_k, NEVER),
   )
-
-
-def block_sizes(length: int, keys: int, platform: str, sharing: int = 1) -> tuple[int, int]:
-  """Block sizes of queries and keys that suit T queries and S keys on a platform.
-
-  Rows of a few thousand slots hold documents of a hundred: what small blocks do not compute is
-  worth more on a CPU than what large ones gain. From there on its cores should share each product,
-  which they do from about 512 x 256; queries of all `sharing` heads of a group lie below each
-  other. Accelerators want more work in a step than 128 x 128.
-  """
-  if platform != "cpu":
-    most = (512, 512)
-  elif keys <= SHORT:
-    most = (64, 128)
-  else:
-    most = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 256)
-  unit = 8 if platform == "cpu" else 128
-  even = lambda size, most: min(most, -(-size // unit) * unit)
-  return even(length, most[0]), even(keys, most[1])
 
 
 def make_plan(mask: IntervalMask, num_keys: int, *, block_q: int, block_k: int) -> AttentionPlan:
