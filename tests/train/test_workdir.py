@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vlm_jax.core.errors import DiskError, RetryError, UsageError
-from vlm_jax.train.workdir import Workdir, load_config, write_atomically
+from vlm_jax.train.workdir import Workdir, load_config
 
 
 def test_files_and_round_trip(config, tmp_path):
@@ -78,12 +78,3 @@ def test_damaged_or_missing_config(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UsageError, match="not JSON"):
     load_config(tmp_path)
-
-
-def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "x"
-  write_atomically(path, "old")
-  monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "full")))
-  with pytest.raises(OSError):
-    write_atomically(path, "new")
-  assert path.read_text() == "old"

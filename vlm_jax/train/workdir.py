@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError, RetryError, UsageError
+from vlm_jax.core.writing import write_atomically
 
 # What may change between two starts of one run: nothing the data or the arithmetic depend on.
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
@@ -117,16 +118,6 @@ def refuse_changes(frozen: ConfigDict, config: ConfigDict, workdir: Path) -> Non
   if changed:
     raise UsageError(f"{workdir} belongs to a run with another config, which differs in "
                      f"{', '.join(changed)}; undo the change or choose a new --workdir")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Replaces a file: after a crash it is the old or the new one, never half of one."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:
