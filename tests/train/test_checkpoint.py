@@ -200,8 +200,9 @@ def test_other_model_is_refused_not_moved(path):
 
 def test_load_params_of_a_damaged_checkpoint(path):
   truncate(path / "2", "params")
-  with pytest.raises(DataError, match="is damaged"):
+  with pytest.raises(DataError, match="is damaged") as error:
     load_params(path, abstract_of(make_state(0).params))
+  assert "bound method" not in str(error.value)  # TensorStore's details are for its authors
   assert (path / "2").is_dir()  # reading never moves anything
 
 
