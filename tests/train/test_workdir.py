@@ -42,8 +42,23 @@ def test_lock_of_a_killed_process_is_gone(config, tmp_path):
   assert (tmp_path / "LOCK").read_text() == str(os.getpid())
 
 
+@pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/3", "checkpoints/3.corrupt-0"])
+def test_a_config_may_change_until_there_is_something_of_it(made, config, tmp_path):
+  Workdir(tmp_path, config).close()
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "metrics.jsonl").write_text("")
+  config.data.root = "where the data is"
+  Workdir(tmp_path, config).close()
+  assert load_config(tmp_path).data.root == "where the data is"
+  (tmp_path / made).write_text("{}\n")
+  config.data.root = "elsewhere"
+  with pytest.raises(UsageError, match="data.root"):
+    Workdir(tmp_path, config)
+
+
 def test_changed_fields_are_named(config, tmp_path):
   Workdir(tmp_path, config).close()
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
   config.optim.lr = 0.5
   config.train.steps = 99
   with pytest.raises(UsageError) as error:

@@ -1,4 +1,5 @@
-"""The directory of a run: one owner at a time, one config for ever, enough to continue it.
+"""The directory of a run: one owner at a time, one config since its first step, and enough to
+continue it.
 
 config.json    the frozen config          metrics.jsonl  numbers that are functions of the config
 command.txt    one line per start         timing.jsonl   numbers that are not
@@ -69,10 +70,10 @@ class Workdir:
 
   def _freeze(self, config: ConfigDict) -> None:
     path = self.path / "config.json"
-    if path.exists():
+    if path.exists() and self._begun():
       refuse_changes(load_config(self.path, outside=config.outside), config, self.path)
     elif jax.process_index() == 0:
-      if (self.path / "checkpoints").exists():
+      if not path.exists() and (self.path / "checkpoints").exists():
         raise UsageError(f"{self.path} has checkpoints but no config.json; put its config.json "
                          "back or choose a new --workdir")
       write_atomically(path, config.to_json(indent=2, sort_keys=True) + "\n")
@@ -83,6 +84,13 @@ class Workdir:
         write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
       except OSError as error:
         raise _disk_error(self.path, error) from error
+
+
+  def _begun(self) -> bool:
+    """Whether there is anything of a config; a start that found no data leaves nothing."""
+    metrics = self.path / "metrics.jsonl"
+    saved = any(entry.name[0].isdigit() for entry in self.path.glob("checkpoints/*"))
+    return saved or metrics.exists() and metrics.stat().st_size > 0
 
 
 def load_config(workdir: str | Path, outside: bool = False) -> ConfigDict:
