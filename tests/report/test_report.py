@@ -276,3 +276,12 @@ def test_samples_show_wrong_answers_first():
   assert len(chosen) == samples.COUNT == len({row["document"] for row in chosen})
   assert [row["score"] for row in chosen] == [0.0] * samples.WRONG + [1.0] * 8
   assert len(samples.choose(found[:3])) == 2 and samples.choose([]) == []
+
+
+def test_a_caption_is_right_word_for_word():
+  row = {"key": "a", "document": "a", "prediction": "a black circle", "answers": ["black bird"],
+         "score": 1.7, "rouge_l": 0.4}
+  card = str(samples.card(row, {}, None))
+  assert 'class="no"' in card and "black bird" in card and "CIDEr-D 1.7, ROUGE-L 0.4" in card
+  assert 'class="yes"' in str(samples.card(row | {"rouge_l": 1.0}, {}, None))
+  assert samples.choose([row | {"rouge_l": 1.0}, row | {"document": "b"}])[0]["document"] == "b"

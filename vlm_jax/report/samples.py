@@ -75,10 +75,15 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return picked
 
   used: set[str] = set()
-  wrong = spread([row for row in rows if row["score"] < 1], WRONG, used)
-  right = spread([row for row in rows if row["score"] >= 1], COUNT - len(wrong), used)
-  more = spread([row for row in rows if row["score"] < 1], COUNT - len(wrong) - len(right), used)
-  return [*wrong, *more, *right]
+  wrong = spread([row for row in rows if not right(row)], WRONG, used)
+  good = spread([row for row in rows if right(row)], COUNT - len(wrong), used)
+  more = spread([row for row in rows if not right(row)], COUNT - len(wrong) - len(good), used)
+  return [*wrong, *more, *good]
+
+
+def right(row: dict[str, Any]) -> bool:
+  """Whether an answer is all right; a caption only word for word: its CIDEr-D goes up to 10."""
+  return row.get("rouge_l", row["score"]) >= 1
 
 
 def documents(run: Run, numbers: dict[str, Any], keys: set[str]
@@ -124,12 +129,14 @@ def thumbnail(document: Document | None) -> PIL.Image | None:
 
 def card(row: dict[str, Any], controls: dict[str, dict], image: PIL.Image | None) -> Html:
   """One question."""
-  right = row["score"] >= 1
-  answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right else "no")
+  answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right(row) else "no")
   lines = [tag("p", row.get("question", ""), class_="asked"), answer]
-  if not right:
+  if not right(row):
     truth = ", ".join(dict.fromkeys(row.get("answers", [])))
     lines.append(tag("p", "truth: ", tag("b", truth)))
+  if "rouge_l" in row:
+    lines.append(tag("p", f"CIDEr-D {figure(row['score'])}, ROUGE-L {figure(row['rouge_l'])}",
+                     class_="muted"))
   if "log_prob" in row:
     lines.append(tag("p", f"log-probability {figure(row['log_prob'])}", class_="muted"))
   for name, rows in controls.items():
