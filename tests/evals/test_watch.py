@@ -71,7 +71,8 @@ def test_every_checkpoint_once_until_the_last(config, tmp_path):
                                "eval/look/none/accuracy": 0.5}
   assert [path.name for path in tmp_path.iterdir()] == ["evals.jsonl"]  # no lock, nothing else
   # Again there is nothing to do, and a torn row is evaluated again.
-  assert watch(config, tmp_path, Run([10, 20, 30])) == ([], [])
+  done, said = watch(config, tmp_path, Run([10, 20, 30]))
+  assert done == [] and "evals.jsonl has all of it already" in said[0]
   text = (tmp_path / "evals.jsonl").read_text()
   (tmp_path / "evals.jsonl").write_text(text[:-9])
   again = Run([30])
@@ -93,6 +94,8 @@ def test_what_was_not_asked_before_is_asked_of_the_same_checkpoints(config, tmp_
 
 def test_until_ends_it_early(config, tmp_path):
   assert watch(config, tmp_path, Run([10, 20, 30]), until=15)[0] == [10, 20]
+  with pytest.raises(UsageError, match="did you mean 'look'"):
+    watch(config, tmp_path, Run([10]), names=["lok"])
   with pytest.raises(UsageError, match="--until is 31, but the run ends at step 30"):
     watch(config, tmp_path, Run([10]), until=31)
 

@@ -51,8 +51,7 @@ def evaluate(
   """
   results, parameters = {}, digest.of_json(digest.of_arrays({"params": params}))
   for name in sorted(config.evals) if names is None else names:
-    if name not in config.evals:
-      raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
+    label = label_of(config, name, split)
     entry = config.evals[name]
     try:
       kind = find_kind(entry.kind, config.outside)
@@ -60,7 +59,6 @@ def evaluate(
       reason = str(error).removeprefix("config: ")
       raise UsageError(f"config.evals.{name}.kind: {reason}") from error
     chosen = split or entry.split
-    label = label_of(config, name, split)
     numbers, predictions = measure(kind, config, params, entry, chosen)
     fields = json.loads(entry.to_json()) | {"split": chosen}  # what was asked, with the answer
     origin = {"step": step, "parameters": parameters,
@@ -92,7 +90,13 @@ def read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def label_of(config: ConfigDict, name: str, split: str | None) -> str:
-  """What the results of an evaluation are called when `split` is read, None: its own split."""
+  """What the results of an evaluation are called when `split` is read, None: its own split.
+
+  Raises:
+    UsageError: no such evaluation; names the nearest.
+  """
+  if name not in config.evals:
+    raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
   return name if split in (None, config.evals[name].split) else f"{name}_{split}"
 
 

@@ -63,7 +63,7 @@ def watch(
   if poll <= 0:
     raise UsageError(f"--poll is {poll}; use seconds above 0")
   labels = {name: label_of(config, name, split)
-            for name in (sorted(config.evals) if names is None else names) if name in config.evals}
+            for name in (sorted(config.evals) if names is None else names)}
   file = Appender(Path(workdir) / ROWS)
   try:
     left = _left(file.rows, labels)
@@ -84,6 +84,8 @@ def watch(
       if row is not None:
         file.append([{"step": step, **row}])
         done.append(step)
+    if not done:
+      report(f"{file.path} has all of it already; another name with --new asks anew")
     return done
   finally:
     file.close()
