@@ -90,6 +90,7 @@ def test_checkpoints_without_config(config, tmp_path):
 def test_damaged_or_missing_config(tmp_path):
   with pytest.raises(UsageError, match="does not exist"):
     load_config(tmp_path)
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(UsageError, match="not JSON"):
-    load_config(tmp_path)
+  for text, words in (("{", "no config .Expecting"), ("[]", "no config .it holds no fields")):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+      load_config(tmp_path)

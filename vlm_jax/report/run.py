@@ -80,7 +80,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     metrics=trackers.read(path / "metrics.jsonl"),
     timing=trackers.read(path / "timing.jsonl"),
     evals=dict(sorted(evals.items())),
-    commands=commands.read_text().splitlines() if commands.exists() else [],
+    commands=commands.read_text(errors="replace").splitlines() if commands.exists() else [],
     environment=_json(path / "env.json"),
     sources=_json(Path(config.data.root) / "manifest.json").get("sources", {}),
     checkpoints=checkpoints,

@@ -105,11 +105,14 @@ def load_config(workdir: str | Path, outside: bool = False) -> ConfigDict:
   """
   path = Path(workdir) / "config.json"
   try:
-    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    fields = json.loads(path.read_text())
+    if not isinstance(fields, dict):
+      raise ValueError("it holds no fields")
+    config = ConfigDict(_tuples(fields))
   except FileNotFoundError as error:
     raise UsageError(f"{path} does not exist; --workdir must be the directory of a run") from error
   except ValueError as error:
-    raise UsageError(f"{path} is not JSON ({error}); restore it or choose a new "
+    raise UsageError(f"{path} is no config ({error}); restore it or choose a new "
                      "--workdir") from error
   config.outside = outside
   return config
