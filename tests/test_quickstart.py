@@ -115,9 +115,20 @@ def test_recipe_words():
     recipe.get_config("debgu")
   with pytest.raises(UsageError, match="'blind,text_only' asks for two controls at once"):
     recipe.get_config("blind,text_only")
+  with pytest.raises(UsageError, match="'blind,blind' asks for two controls at once"):
+    recipe.get_config("blind,blind")
+  for control in recipe.CONTROLS:
+    both = (f"conversation,{control}", f"{control},conversation")
+    assert len({recipe.get_config(words).to_json() for words in both}) == 1
   for name in ("quickstart", "llava"):
     for word in ("", *recipe.WORDS):
       recipes.load(f"configs/{name}.py:{word}")
+
+
+@pytest.mark.parametrize("word", ["blind", "debug,text_only"])
+def test_the_quickstart_makes_its_controls_itself(word, trainer, capsys):
+  assert cli.main(["quickstart", word]) == UsageError.code
+  assert "itself, beside the model; leave the word out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word, sources, evals", [

@@ -19,12 +19,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DataError
+from vlm_jax.core.writing import write_atomically
 from vlm_jax.data import prepare
 from vlm_jax.evals import run as evals
 from vlm_jax.report import page
 from vlm_jax.train import trackers
 from vlm_jax.train.loop import train
-from vlm_jax.train.workdir import write_atomically
 
 PARTS = ("mixed", "blind", "text_only")
 STATE = "quickstart.json"

@@ -8,6 +8,7 @@ import pytest
 
 from tests.train import tiny_fusion
 from vlm_jax.cli import main as cli
+from vlm_jax.configs import base
 from vlm_jax.evals import run, watch
 from vlm_jax.train.loop import train
 from vlm_jax.train.workdir import Workdir
@@ -17,6 +18,7 @@ from vlm_jax.train.workdir import Workdir
 def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   config = tiny_fusion.get_config()
+  config.evals.look = base.evaluation(source="pairs")
   config.train.compilation_cache = str(workdir.parent / "cache")
   train(config, workdir, make_loader=tiny_fusion.Loader)
   return config, workdir
@@ -67,6 +69,14 @@ def test_a_new_evaluation_has_the_fields_it_was_given(trained, asked):
   assert (step, names) == (12, ["mine"])
   assert (entry["kind"], entry["source"], entry["limit"]) == ("pope", "pairs", 3)
   assert entry["controls"] == ("none", "shuffled") and entry["split"] == "validation"
+
+
+@pytest.mark.parametrize("flags", [[], ["--watch"]])
+def test_a_run_without_evaluations_is_asked_for_one(trained, flags, tmp_path, capsys):
+  frozen = json.loads((trained[1] / "config.json").read_text()) | {"evals": {}}
+  (tmp_path / "config.json").write_text(json.dumps(frozen))
+  assert evaluate(tmp_path, *flags) == 2
+  assert "config.evals is empty; name an evaluation with --new" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags,sentence", [

@@ -188,10 +188,15 @@ def test_tars_are_indexed_once_and_again_when_they_change(tmp_path, monkeypatch)
 def test_a_tar_that_ends_early_is_one_sentence(tmp_path):
   path = written.tar(tmp_path / "x.tar", [("a.txt", b"one"), ("b.txt", b"2" * 5000)])
   data = (tmp_path / "x.tar").read_bytes()
-  for length in (600, 1024 + 600, 1024 + 512 + 3000):
-    (tmp_path / "x.tar").write_bytes(data[:length])
+  whole = len(TarFile(path, "samples"))
+  header = data[:1024] + b"\1" * 512 + data[1536:]  # tarfile takes it for the end
+  ends = (600, 1024, 1024 + 200, 1024 + 600, 1024 + 512 + 3000, 1024 + 512 + 5120)
+  for broken in (header, *(data[:length] for length in ends)):
+    (tmp_path / "x.tar").write_bytes(broken)
     with pytest.raises(DataError, match="x.tar"):
       TarFile(path, "samples")
+  (tmp_path / "x.tar").write_bytes(data)
+  assert whole == len(TarFile(path, "samples")) == 2
 
 
 def test_a_sample_without_text_or_with_broken_json_is_bad(own, folder):  # noqa: F811

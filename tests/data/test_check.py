@@ -1,6 +1,7 @@
 """`data check` says what training would do; and what it says, training does."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -96,8 +97,11 @@ def test_the_readme_is_true(tmp_path, capsys, monkeypatch):
     assert command.startswith("data ") and cli.main(command.split()) == 0, command
   assert "llava_json, 40 records" in (out := capsys.readouterr().out) and "json, 35 records" in out
   assert [command.split()[0] for command in commands[3:]] == ["train", "evaluate"]
-  with pytest.raises(SystemExit, match="my.json exists"):
-    toy.write(".")
+  for argv, words in (([], "my.json exists"), (["--help"], "forty records"),
+                      (["my.json"], "cannot be written")):
+    with pytest.raises(SystemExit, match=words):
+      toy.main(argv)
+  assert not os.path.exists("--help")
 
 
 def test_prepare_teaches_the_tokenizer_a_users_own_texts(folder, records, tmp_path):  # noqa: F811

@@ -104,7 +104,9 @@ def test_conversations_ask_their_last_question(tmp_path):
   ("a.jsonl", [{"id": 1, "prompt": " "}], "line 1 asks nothing"),
   ("a.jsonl", "{", "line 1 is not JSON"), ("a.jsonl", "[]", "line 1 is not a JSON object"),
   ("a.jsonl", "", "asks nothing"), ("a.json", {"x": 1}, "neither a list, a VQA v2 question file"),
-  ("a.json", "nothing", "neither"), ("a.tsv", "index\tquestion\n1\tx\n", "line 2 must have"),
+  ("a.json", "nothing", "neither"), ("a.json", [1], "an entry of the list is no object"),
+  ("a.json", {"questions": [{"question_id": 1, "image_id": 2, "question": 5}]}, "1 has no text"),
+  ("a.tsv", "index\tquestion\n1\tx\n", "line 2 must have"),
 ])
 def test_files_that_ask_nothing_usable(name, value, sentence, tmp_path):
   with pytest.raises(DataError, match=sentence):
@@ -178,6 +180,12 @@ def test_what_cannot_be_scored(tmp_path, capsys):
     join(one, put(tmp_path / "x.json", {"y": 1}))
   with pytest.raises(DataError, match="twice"):
     join(put(tmp_path / "two.json", [{"image_id": 1, "caption": "a"}] * 2), pope)
+  with pytest.raises(DataError, match="has '1' 2 times"):
+    join(one, put(tmp_path / "again.jsonl", [POPE[0], POPE[0]]))
+  code, err = score(tmp_path, capsys, "choice", one, put(tmp_path / "p1.jsonl", POPE[:1]))
+  assert code == 2 and "choice needs the options of every question" in err
+  code, err = score(tmp_path, capsys, "pope", one, tmp_path / "p1.jsonl", "--seed=-1")
+  assert code == 2 and "the seed of the bootstrap is -1" in err
   with pytest.raises(DataError, match="prediction 1 must have"):
     join(put(tmp_path / "odd.json", [{"image_id": 1}]), pope)
   # A picture that could not be read is a wrong answer, not a question left out.

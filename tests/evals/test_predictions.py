@@ -26,7 +26,8 @@ def test_a_torn_last_line_is_cut_and_the_file_goes_on(tmp_path):
   whole = path.read_bytes()
   path.write_bytes(whole + b'{"key": "c", "pred')
   again = predictions.Appender(path)
-  assert [row["key"] for row in again.rows] == ["a", "b"] and path.read_bytes() == whole
+  assert [row["key"] for row in again.rows] == ["a", "b"]
+  assert path.read_bytes() != whole  # a file named by mistake is not touched before an append
   again.append([{"key": "c"}])
   again.close()
   assert [row["key"] for row in predictions.read(path)] == ["a", "b", "c"]
@@ -36,6 +37,16 @@ def test_a_torn_last_line_is_cut_and_the_file_goes_on(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(DiskError, match="cannot be written"):
     predictions.Appender(tmp_path / "file" / "p.jsonl")
+
+
+def test_a_text_may_hold_what_unicode_calls_a_line_break(tmp_path):
+  rows = [{"key": "a", "prediction": "one\u2028two\x85three"}, {"key": "b"}]
+  out = predictions.Appender(tmp_path / "p.jsonl")
+  out.append(rows)
+  out.close()
+  again = predictions.Appender(tmp_path / "p.jsonl")
+  again.close()
+  assert again.rows == rows == predictions.read(tmp_path / "p.jsonl")
 
 
 def test_a_difference_is_surer_when_it_is_paired():
@@ -75,7 +86,9 @@ def test_compare_from_the_command_line(tmp_path, capsys):
   (lambda rows: rows[:-2], 2, "2 of 8 questions of A are not in B (q6, q7)"),
   (lambda rows: [*rows, {**rows[0], "key": "q9"}], 2, "1 of 9 questions of B are not in A (q9)"),
   (lambda rows: [*rows, rows[0]], 65, "B has 'q0' twice"),
-  (lambda rows: [{"key": "q0", "exact": 1}], 65, "row 1 lacks 'key' or the number 'score' (its "),
+  (lambda rows: [{"key": "q0", "exact": 1}], 65, "row 1 lacks 'key' or the finite number"),
+  (lambda rows: [{"key": 1, "score": float("nan")}], 65, "the finite number 'score' (its"),
+  (lambda rows: [{"key": 1, "score": 1}, {"key": 1, "score": 0}], 65, "B has '1' twice"),
   (lambda rows: [], 65, "B has no predictions"),
 ])
 def test_what_cannot_be_compared(change, code, sentence, tmp_path, capsys):

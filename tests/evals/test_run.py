@@ -8,7 +8,7 @@ import pytest
 
 from tests.evals.tiny_source import RECORDS
 from vlm_jax.core import digest
-from vlm_jax.core.errors import DiskError, UsageError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.data import pipeline, records
 from vlm_jax.evals import asking, run
 from vlm_jax.evals.kinds import vqa
@@ -85,7 +85,7 @@ def test_files(setup, tmp_path):
   rows = [json.loads(line) for line in open(tmp_path / "predictions/look.jsonl")]
   assert len(rows) == results["look"]["questions"]
   assert set(rows[0]) == {"key", "document", "question", "prediction", "answers", "score", "exact",
-                          "log_prob"}
+                          "log_prob", "step"} and rows[0]["step"] == 7
   assert (tmp_path / "predictions/look_shuffled.jsonl").exists()
   run.evaluate(config, params, tmp_path, step=7, names=["read"], split="train")
   written = json.loads((tmp_path / "evals/7.json").read_text())
@@ -130,6 +130,16 @@ def test_wrong_names_and_places(setup, tmp_path):
     run.evaluate(config, params, None, names=["read"], split="tset")
   with pytest.raises(UsageError, match="together is 0"):
     run.evaluate(changed(config, "look", together=0), params, None)
+  with pytest.raises(UsageError, match="limit is -1; use 0 for all"):
+    run.evaluate(changed(config, "look", limit=-1), params, None)
+  config = changed(config, "read", limit=1)
+  for text in ("{", "[]", '{"step": 7, "evals": {"look": 3}}'):  # cut off, or of somebody else
+    (tmp_path / "evals").mkdir(exist_ok=True)
+    (tmp_path / "evals" / "7.json").write_text(text)
+    with pytest.raises(DataError, match=r"evals/7.json is not what an evaluation writes .*again"):
+      run.evaluate(config, params, tmp_path, step=7, names=["read"])
+    assert (tmp_path / "evals" / "7.json").read_text() == text
+  (tmp_path / "evals" / "7.json").rename(tmp_path / "evals" / "7.txt")
   (tmp_path / "predictions").write_text("in the way")
   with pytest.raises(DiskError, match="cannot be written"):
     run.evaluate(config, params, tmp_path, names=["look"])

@@ -37,13 +37,18 @@ class Run:
 def config(monkeypatch):
   def evaluate(config, params, workdir, *, step, names, split, report):
     assert params == {"step": step}
-    report("look: fine")
-    return {"look": {"kind": "vqa", "accuracy": step / 100, "seconds": 3.0,
-                     "controls": {"none": {"accuracy": 0.5}}}}
+    found = {}
+    for name in sorted(config.evals) if names is None else names:
+      label = f"{name}_{split}" if split else name
+      report(f"{label}: fine")
+      found[label] = {"kind": "vqa", "accuracy": step / 100, "seconds": 3.0,
+                      "controls": {"none": {"accuracy": 0.5}}}
+    return found
 
   monkeypatch.setattr(watching, "evaluate", evaluate)
   config = base.get_config()
   config.train.steps = 30
+  config.evals.look = base.evaluation(split="test")
   return config
 
 
@@ -66,15 +71,31 @@ def test_every_checkpoint_once_until_the_last(config, tmp_path):
                                "eval/look/none/accuracy": 0.5}
   assert [path.name for path in tmp_path.iterdir()] == ["evals.jsonl"]  # no lock, nothing else
   # Again there is nothing to do, and a torn row is evaluated again.
-  assert watch(config, tmp_path, Run([10, 20, 30])) == ([], [])
+  done, said = watch(config, tmp_path, Run([10, 20, 30]))
+  assert done == [] and "evals.jsonl has all of it already" in said[0]
   text = (tmp_path / "evals.jsonl").read_text()
   (tmp_path / "evals.jsonl").write_text(text[:-9])
   again = Run([30])
   assert watch(config, tmp_path, again)[0] == [30] and rows(tmp_path)[-1]["step"] == 30
 
 
+def test_what_was_not_asked_before_is_asked_of_the_same_checkpoints(config, tmp_path):
+  assert watch(config, tmp_path, Run([10, 20, 30]))[0] == [10, 20, 30]
+  config.evals.more = base.evaluation(split="test")
+  done, said = watch(config, tmp_path, Run([10, 20, 30]), names=["look", "more"])
+  assert done == [10, 20, 30] and "step 10  more: fine" in said
+  assert not any("look" in line for line in said)  # that one is known
+  assert rows(tmp_path)[3] == {"step": 10, "eval/more/accuracy": 0.1,
+                               "eval/more/none/accuracy": 0.5}
+  assert watch(config, tmp_path, Run([30]), names=["more"], split="test")[0] == []
+  done, said = watch(config, tmp_path, Run([30]), names=["more"], split="train")
+  assert done == [30] and said == ["step 30  more_train: fine"]
+
+
 def test_until_ends_it_early(config, tmp_path):
   assert watch(config, tmp_path, Run([10, 20, 30]), until=15)[0] == [10, 20]
+  with pytest.raises(UsageError, match="did you mean 'look'"):
+    watch(config, tmp_path, Run([10]), names=["lok"])
   with pytest.raises(UsageError, match="--until is 31, but the run ends at step 30"):
     watch(config, tmp_path, Run([10]), until=31)
 

@@ -122,6 +122,11 @@ def test_an_attention_map_beside_the_answer(setup, tmp_path):
   assert np.asarray(PIL.open(tmp_path / "x.png")).std() > 10
   with pytest.raises(UsageError, match="layers 0 to 1, got 5"):
     ask(attention_map=tmp_path / "y.png", attention_layers=[5])
+  with pytest.raises(UsageError, match="ends in .png"):
+    ask(attention_map=tmp_path / "y.jpg")
+  (tmp_path / "folder.png").mkdir()
+  with pytest.raises(DiskError, match="folder.png cannot be written"):
+    ask(attention_map=tmp_path / "folder.png")
   with pytest.raises(DiskError, match="no directory"):
     ask(attention_map=tmp_path / "none" / "y.png")
   with pytest.raises(UsageError, match="needs a picture"):
@@ -134,7 +139,7 @@ def test_what_cannot_be_answered(setup):
     answer(config, params, "  ")
   with pytest.raises(UsageError, match="--max-tokens is 0"):
     answer(config, params, "what?", max_tokens=0)
-  with pytest.raises(DataError, match="missing.png: .*does not exist"):
+  with pytest.raises(DataError, match="missing.png: there is no such file"):
     answer(config, params, "what?", [folder / "missing.png"])
   with pytest.raises(DataError, match="text.png: .*not an image"):
     answer(config, params, "what?", [folder / "text.png"])

@@ -9,6 +9,7 @@ from ml_collections import FrozenConfigDict
 
 from vlm_jax.configs import base
 from vlm_jax.convert import table
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten
@@ -107,6 +108,18 @@ def test_cache_in_pieces():
     hidden.append(out.hidden)
   assert cache.length == SLOTS
   np.testing.assert_allclose(np.concatenate(hidden, 1), full.hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, sentence", [
+  ({"width": 100, "heads": 4}, "a head has 25 channels"),
+  ({"head_dim": 7}, "a head has 7 channels"),
+  ({"heads": 3, "kv_heads": 2, "head_dim": 8}, "heads is 3, which must be a multiple of kv"),
+])
+def test_heads_that_cannot_be(fields, sentence):
+  config = base.get_config().llm
+  config.update(fields)
+  with pytest.raises(UsageError, match=sentence):
+    llama.head_dim(config)
 
 
 def test_every_mask_is_supported():

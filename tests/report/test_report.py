@@ -1,6 +1,7 @@
 """The report: what is shown is what the run's files say, and nothing in it can load or run."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.report.conftest import STEPS, losses
+from tests.evals.tiny_source import CAPTIONS, QUESTIONS
+from tests.report.conftest import SOURCE, STEPS, losses
 from vlm_jax.cli import main as cli
+from vlm_jax.configs import base
 from vlm_jax.core.errors import DATA, USAGE
-from vlm_jax.data import inspect
+from vlm_jax.data import draw, inspect
+from vlm_jax.data.bad import BadExample
 from vlm_jax.report import charts, html, page, rows, samples
 from vlm_jax.report import run as runs
 
@@ -153,7 +157,58 @@ def test_what_cannot_be_reported(run, tmp_path, capsys):
   assert cli.main(["report", f"--workdir={tmp_path}/none"]) == USAGE
   (run / "evals" / "50.json").write_text("{")
   assert cli.main(["report", f"--workdir={run}"]) == DATA
-  assert "evals/50.json is not JSON" in capsys.readouterr().err
+  assert "evals/50.json is not what an evaluation writes" in capsys.readouterr().err
+
+
+def test_samples_are_the_documents_that_were_asked(run, config):
+  """In the evaluation's own form, also when another evaluation of the source has another one."""
+  config.evals.first = base.evaluation(source="pictures", split="test", form="choice")
+  read = dataclasses.replace(runs.read(run, outside=True), config=config)
+  numbers = {"source": "pictures", "split": "test", "entry": {"form": "caption"}}
+  keys = {f"pictures/test/r{record}" for record in range(1, 5)}
+  found, why = samples.documents(read, numbers, keys)  # one of them stands behind a broken record
+  assert set(found) == keys and not why
+  texts = lambda document: [part.text for part in document.parts[1:]]
+  assert all(texts(document) == [CAPTIONS[0]] for document in found.values())
+  found, _ = samples.documents(read, numbers | {"entry": {"form": ""}}, keys)
+  assert all(texts(document)[0] == QUESTIONS[0] for document in found.values())
+
+
+def test_a_record_that_cannot_be_read_does_not_hide_the_others(run, config, monkeypatch):
+  real = draw.Documents.__getitem__
+
+  def broken(split, index):
+    if index == 1:
+      raise BadExample("wrong_record")
+    return real(split, index)
+
+  monkeypatch.setattr(draw.Documents, "__getitem__", broken)
+  text = written(run).text
+  assert "question 1?" in text and "are not shown" not in text
+
+
+def test_answers_of_another_step_are_not_shown_as_this_one(run):
+  file = run / "predictions" / "look.jsonl"
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  of = lambda step: file.write_text("".join(json.dumps(row | {"step": step}) + "\n"
+                                            for row in lines))
+  of(50)
+  text = written(run).text
+  assert "its answers were replaced by those of step 50" in text and "--step=100" in text
+  assert "question 4?" not in text
+  of(100)
+  assert "question 4?" in written(run).text
+  file.write_text("{")
+  assert "Not shown: " in (text := written(run).text) and "look.jsonl line 1 is not JSON" in text
+
+
+def test_whose_pictures_they_are_stands_beside_them(run):
+  terms = "CC BY-SA 4.0, drawn by somebody"
+  whole = runs.read(run, outside=True)
+  whole.sources[SOURCE.split(".")[-1]]["licence"] = terms
+  found = lambda read: str(page.examples(read, 0))
+  assert f"Pictures: {terms}" in found(whole)
+  assert "Pictures: " not in found(dataclasses.replace(whole, sources={}))
 
 
 def test_the_mask_is_the_mask(run, config):
@@ -221,3 +276,12 @@ def test_samples_show_wrong_answers_first():
   assert len(chosen) == samples.COUNT == len({row["document"] for row in chosen})
   assert [row["score"] for row in chosen] == [0.0] * samples.WRONG + [1.0] * 8
   assert len(samples.choose(found[:3])) == 2 and samples.choose([]) == []
+
+
+def test_a_caption_is_right_word_for_word():
+  row = {"key": "a", "document": "a", "prediction": "a black circle", "answers": ["black bird"],
+         "score": 1.7, "rouge_l": 0.4}
+  card = str(samples.card(row, {}, None))
+  assert 'class="no"' in card and "black bird" in card and "CIDEr-D 1.7, ROUGE-L 0.4" in card
+  assert 'class="yes"' in str(samples.card(row | {"rouge_l": 1.0}, {}, None))
+  assert samples.choose([row | {"rouge_l": 1.0}, row | {"document": "b"}])[0]["document"] == "b"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vlm_jax.core.errors import DiskError, RetryError, UsageError
-from vlm_jax.train.workdir import Workdir, load_config, write_atomically
+from vlm_jax.train.workdir import Workdir, load_config
 
 
 def test_files_and_round_trip(config, tmp_path):
@@ -42,8 +42,23 @@ def test_lock_of_a_killed_process_is_gone(config, tmp_path):
   assert (tmp_path / "LOCK").read_text() == str(os.getpid())
 
 
+@pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/3", "checkpoints/3.corrupt-0"])
+def test_a_config_may_change_until_there_is_something_of_it(made, config, tmp_path):
+  Workdir(tmp_path, config).close()
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "metrics.jsonl").write_text("")
+  config.data.root = "where the data is"
+  Workdir(tmp_path, config).close()
+  assert load_config(tmp_path).data.root == "where the data is"
+  (tmp_path / made).write_text("{}\n")
+  config.data.root = "elsewhere"
+  with pytest.raises(UsageError, match="data.root"):
+    Workdir(tmp_path, config)
+
+
 def test_changed_fields_are_named(config, tmp_path):
   Workdir(tmp_path, config).close()
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
   config.optim.lr = 0.5
   config.train.steps = 99
   with pytest.raises(UsageError) as error:
@@ -75,15 +90,7 @@ def test_checkpoints_without_config(config, tmp_path):
 def test_damaged_or_missing_config(tmp_path):
   with pytest.raises(UsageError, match="does not exist"):
     load_config(tmp_path)
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(UsageError, match="not JSON"):
-    load_config(tmp_path)
-
-
-def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "x"
-  write_atomically(path, "old")
-  monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "full")))
-  with pytest.raises(OSError):
-    write_atomically(path, "new")
-  assert path.read_text() == "old"
+  for text, words in (("{", "no config .Expecting"), ("[]", "no config .it holds no fields")):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+      load_config(tmp_path)

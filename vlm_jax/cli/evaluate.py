@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     raise UsageError("--until and --poll belong to --watch; add it")
   config, load = runs.open_config(args.workdir, args.root, args.allow_outside)
   add(config, args.new)
+  some(config)
   params, step = load(args.step)
   from vlm_jax.evals.run import evaluate
 
@@ -78,12 +79,19 @@ def add(config: Any, new: list[str] | None) -> None:
     config.evals[name] = entry
 
 
+def some(config: Any) -> None:
+  """Refuses a run that has no evaluation to do."""
+  if not config.evals:
+    raise UsageError("the run's config.evals is empty; name an evaluation with --new")
+
+
 def watch(args: argparse.Namespace, names: list[str] | None) -> None:
   """Evaluates every checkpoint as it comes."""
   if args.step is not None:
     raise UsageError("--watch evaluates every checkpoint; leave --step out, or use --until")
   config, load = runs.open_config(args.workdir, args.root, args.allow_outside)
   add(config, args.new)
+  some(config)
   from vlm_jax.evals import watch as watching
   from vlm_jax.train.checkpoint import steps
 

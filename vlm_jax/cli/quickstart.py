@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from vlm_jax.cli import config as recipes
+from vlm_jax.core.errors import UsageError
 
 SUMMARY = "prepare, train with controls, evaluate: one command"
 RECIPE = "configs/quickstart.py"
@@ -28,6 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Runs the quickstart and prints its line."""
   path, arg = split(args.config or args.recipe)
+  if mine := {"blind", "text_only"} & set(arg.split(",")):
+    raise UsageError(f"quickstart trains the control '{mine.pop()}' itself, beside the model; "
+                     "leave the word out")
   configs = {}
   for part, word in WORDS.items():
     configs[part] = recipes.load(f"{path}:{','.join(filter(None, (arg, word)))}")

@@ -12,7 +12,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from vlm_jax.core.errors import UsageError
 
@@ -32,8 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints the numbers."""
+  from vlm_jax.core.writing import write_atomically
   from vlm_jax.evals.kinds import find_kind
-  from vlm_jax.evals.predictions import lines, replace
+  from vlm_jax.evals.predictions import lines
   from vlm_jax.evals.references import join
 
   kind = find_kind(args.kind)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
   rows = join(args.predictions, args.references)
   numbers = kind.score(rows, args.seed)
   if args.out:
-    replace(Path(args.out), lines(rows))
+    write_atomically(args.out, lines(rows))
   if args.json:
     print(json.dumps(numbers))
     return

@@ -81,11 +81,13 @@ def get_config(arg: str = "") -> ConfigDict:
 def choose(config: ConfigDict, arg: str) -> ConfigDict:
   """Changes the mix and the size as the words of `arg` say, in whatever order."""
   words = list(filter(None, arg.split(",")))
-  if len(CONTROLS & set(words)) > 1:
-    raise UsageError(f"--config: '{arg}' asks for two controls at once; use one")
   for word in words:
     if word not in WORDS:
       raise UsageError(f"--config: no argument '{word}'; {nearest(word, WORDS)}")
+  if sum(word in CONTROLS for word in words) > 1:
+    raise UsageError(f"--config: '{arg}' asks for two controls at once; use one")
+  # Controls take sources away, so what changes a source goes first.
+  for word in sorted(words, key=("conversation", *WORDS).index):
     if word == "blind":
       del config.data.sources.captions, config.evals.openmoji_captions
       for name in ("easy_vqa", "openmoji"):

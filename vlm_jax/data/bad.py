@@ -9,7 +9,7 @@ REASONS = {
   "not_an_image": "the bytes are not an image in a known format",
   "decompression_bomb": "the image has more pixels than the limit",
   "extreme_aspect": "one side of the image is many times longer than the other",
-  "missing_file": "the file that the record names does not exist",
+  "missing_file": "there is no such file",
   "empty_text": "a text has no characters besides white space",
   "unknown_role": "a text has a role that the template does not know",
   "zero_loss": "no token of the document would be predicted",

@@ -15,7 +15,8 @@ import numpy as np
 
 from vlm_jax.core.errors import DataError
 
-VERSION = 1
+VERSION = 2
+BLOCK = tarfile.BLOCKSIZE
 
 
 class TarFile(Sequence):
@@ -59,10 +60,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _scan(path: str, size: int, expects: str) -> dict[str, np.ndarray]:
   members: dict[str, list[tuple[bytes, int, int]]] = {}
+  end, last = 0, ""
   try:
     with tarfile.open(path, "r:") as tar:
       for member in tar:
         _refuse(path, member)
+        end, last = member.offset_data + -(-member.size // BLOCK) * BLOCK, member.name
         if member.isfile() and not os.path.basename(member.name).startswith("."):
           if member.offset_data + member.size > size:
             raise DataError(f"{path} ends early, inside '{member.name}'; copy it again")
@@ -70,6 +73,10 @@ def _scan(path: str, size: int, expects: str) -> dict[str, np.ndarray]:
           members.setdefault(key, []).append(
             (member.name.encode(), member.offset_data, member.size))
         tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+    with open(path, "rb") as file:  # tarfile takes half a header, or a damaged one, for the end
+      file.seek(end)
+      if last and file.read(BLOCK) != bytes(BLOCK):
+        raise DataError(f"{path} ends early or is damaged behind '{last}'; copy it again")
   except (tarfile.TarError, OSError, UnicodeEncodeError) as error:
     raise DataError(f"{path} cannot be read as an uncompressed tar ({error}); expected {expects}"
                     ) from error

@@ -14,11 +14,14 @@ RECORDS = 40
 
 
 def write(folder: str) -> None:
-  """Writes the files below `folder`; stops when there is a `my.json` already."""
+  """Writes the files below `folder`; stops when there is a `my.json` already, or no such folder."""
   path = os.path.join(folder, "my.json")
   if os.path.exists(path):
     sys.exit(f"{path} exists; move it away or name another folder")
-  os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+  try:
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+  except OSError as error:
+    sys.exit(f"{folder} cannot be written ({error.strerror}); name another folder")
   records = []
   for number in range(RECORDS):
     colour, name = COLOURS[number % len(COLOURS)], f"{number}.jpg"
@@ -29,5 +32,12 @@ def write(folder: str) -> None:
     json.dump(records, file, indent=1)
 
 
+def main(argv: list[str]) -> None:
+  """Writes below the one folder named, by default this one."""
+  if len(argv) > 1 or argv and argv[0].startswith("-"):
+    sys.exit(__doc__)
+  write(argv[0] if argv else ".")
+
+
 if __name__ == "__main__":
-  write(sys.argv[1] if len(sys.argv) > 1 else ".")
+  main(sys.argv[1:])

@@ -5,12 +5,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vlm_jax.core.errors import UsageError
+
 BLOCK = 64  # resamples drawn together
 RESAMPLES = 1000
 
 
 def resample(count: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-  """Blocks i[b,count] of draws with replacement from 0..count-1, `resamples` rows in all."""
+  """Blocks i[b,count] of draws with replacement from 0..count-1, `resamples` rows in all.
+
+  Raises:
+    UsageError: a negative seed.
+  """
+  if seed < 0:
+    raise UsageError(f"the seed of the bootstrap is {seed}; use 0 or more")
   rng = np.random.default_rng(seed)
   for start in range(0, resamples, BLOCK):
     yield rng.integers(0, count, (min(BLOCK, resamples - start), count))

@@ -1,6 +1,7 @@
 """Files of predictions, one JSON object a line: reading, appending, taking up again, comparing."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +21,13 @@ def read(path: str | Path) -> list[dict[str, Any]]:
   Raises:
     DataError: the file is missing, or a line is not a JSON object.
   """
+  return parse(read_text(path), path)
+
+
+def parse(text: str, path: str | Path) -> list[dict[str, Any]]:
+  """The rows of JSON lines, as `read` reads them from `path`."""
   rows = []
-  for number, line in enumerate(read_text(path).splitlines(), 1):
+  for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028, in texts
     if not line.strip():
       continue
     try:
@@ -37,10 +43,16 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def read_text(path: str | Path) -> str:
   """A whole UTF-8 file; DataError when it is missing, unreadable or not text."""
   try:
-    return Path(path).read_text(encoding="utf-8-sig")
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, "strerror", None) or "not UTF-8 text"
-    raise DataError(f"{path} cannot be read ({reason}); name another file") from error
+    return _decode(Path(path).read_bytes(), path)
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror}); name another file") from error
+
+
+def _decode(held: bytes, path: str | Path) -> str:
+  try:
+    return held.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path} cannot be read (not UTF-8 text); name another file") from error
 
 
 def lines(rows: Iterable[dict]) -> str:
@@ -48,18 +60,11 @@ def lines(rows: Iterable[dict]) -> str:
   return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def replace(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
-
-
 class Appender:
   """A predictions file that grows by whole batches, and can be taken up after any end.
 
-  A last line that a kill tore is cut off; every other line that is no JSON is an error.
+  A last line that a kill tore is cut off by the first append; every other line that is no JSON is
+  an error. Until then the file is left as it is: it may be another one, named by mistake.
 
   Attributes:
     rows: what the file held when it was opened.
@@ -74,14 +79,14 @@ class Appender:
     """
     self.path = Path(path)
     self.rows: list[dict[str, Any]] = []
+    self._torn: int | None = None  # where a torn last line begins
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       if self.path.exists():
-        whole = self.path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-          os.truncate(self.path, end)
-        self.rows = read(self.path)
+        held = self.path.read_bytes()
+        whole = held[: held.rfind(b"\n") + 1]
+        self._torn = len(whole) if whole != held else None
+        self.rows = parse(_decode(whole, self.path), self.path)
       self._file = open(self.path, "ab", buffering=0)
     except OSError as error:
       raise self._full(error) from error
@@ -89,6 +94,9 @@ class Appender:
   def append(self, rows: Iterable[dict]) -> None:
     """Writes rows and forces them to the disk."""
     try:
+      if self._torn is not None:
+        os.truncate(self.path, self._torn)
+        self._torn = None
       left = memoryview(lines(rows).encode())
       while left:
         left = left[self._file.write(left):]
@@ -140,13 +148,15 @@ def compare(a: str | Path, b: str | Path, *, field: str = "score", seed: int = 0
 def _by_key(path: str | Path, field: str) -> dict[str, dict[str, Any]]:
   found: dict[str, dict[str, Any]] = {}
   for number, row in enumerate(read(path), 1):
-    if "key" not in row or not isinstance(row.get(field), int | float):
+    value = row.get(field)
+    if "key" not in row or not isinstance(value, int | float) or not math.isfinite(value):
       has = ", ".join(sorted(name for name in row if isinstance(row[name], int | float)))
-      raise DataError(f"{path} row {number} lacks 'key' or the number '{field}' (its numbers: "
-                      f"{has or 'none'}); score the file first, or name another field")
-    if row["key"] in found:
-      raise DataError(f"{path} has '{row['key']}' twice; remove one of them")
-    found[str(row["key"])] = row
+      raise DataError(f"{path} row {number} lacks 'key' or the finite number '{field}' (its "
+                      f"numbers: {has or 'none'}); score the file first, or name another field")
+    key = str(row["key"])
+    if key in found:
+      raise DataError(f"{path} has '{key}' twice; remove one of them")
+    found[key] = row
   if not found:
     raise DataError(f"{path} has no predictions; name another file")
   return found

@@ -35,9 +35,11 @@ class Split:
       images: "real", "none" or "shuffled".
 
     Raises:
-      UsageError: an unknown source, split, form or image policy.
+      UsageError: an unknown source, split, form or image policy, or a negative limit.
       DataError: the prepared data is missing or damaged.
     """
+    if entry.limit < 0:
+      raise UsageError(f"config.evals: limit is {entry.limit}; use 0 for all, or more")
     source = config.data.sources.get(entry.source)
     form = entry.form or (source.form if source else "")
     self._documents = pipeline.documents(config, entry.source, split, form, images)

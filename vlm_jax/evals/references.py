@@ -9,6 +9,7 @@ References are VQA v2 annotations, COCO captions, POPE labels, an MMBench table,
 {"id", "answers"}. Every reference needs a prediction: what was never answered cannot be left out.
 """
 
+import collections
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,6 +75,9 @@ def _references(path: Path) -> list[dict[str, Any]]:
                     "`vlm-jax score --help`") from error
   if not rows:
     raise DataError(f"{path} has no references; name another file")
+  for key, count in collections.Counter(row["key"] for row in rows).items():
+    if count > 1:
+      raise DataError(f"{path} has '{key}' {count} times; its references must differ in it")
   return rows
 
 

@@ -153,12 +153,16 @@ def _of_json(path: Path, images: str | Path | None, prompt: str) -> Iterator[Req
   try:
     whole = json.loads(read_text(path))
     if isinstance(whole, list):
+      if not all(isinstance(row, dict) for row in whole):
+        raise TypeError("an entry of the list is no object")
       yield from (_of_line(row, number, path, images, prompt)
                   for number, row in enumerate(whole, 1))
       return
     if "questions" in whole:
       for row in whole["questions"]:
         shown = _picture(images or path.parent / VQA_IMAGE, int(row["image_id"]))
+        if not isinstance(row["question"], str):
+          raise TypeError(f"question {row['question_id']} has no text")
         yield Request(str(row["question_id"]), row["question"], (shown,))
       return
     folder = Path(images) if images else path.parent

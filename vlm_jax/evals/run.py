@@ -8,11 +8,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.core import digest
-from vlm_jax.core.errors import DiskError, UsageError, nearest
+from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.typing import Params
+from vlm_jax.core.writing import write_atomically
 from vlm_jax.data.origin import files_of
 from vlm_jax.evals.kinds import find_kind, measure
-from vlm_jax.evals.predictions import lines, replace
+from vlm_jax.evals.predictions import lines, read_text
 
 
 def evaluate(
@@ -30,7 +31,8 @@ def evaluate(
   Args:
     config: of the run; `config.evals` names the evaluations.
     params: the parameters.
-    workdir: where `evals/<step>.json` and `predictions/<label>.jsonl` are written; None: nowhere.
+    workdir: where `evals/<step>.json` and `predictions/<label>.jsonl` (rows with their "step") are
+      written; None: nowhere.
     step: number of training steps behind the parameters.
     names: which evaluations; None: all.
     split: read this split instead of the entry's own.
@@ -44,13 +46,12 @@ def evaluate(
 
   Raises:
     UsageError: an unknown name or kind, or a field that cannot be.
-    DataError: the data cannot be read.
+    DataError: the data, or the `evals/<step>.json` that is there, cannot be read.
     DiskError: the workdir cannot be written.
   """
   results, parameters = {}, digest.of_json(digest.of_arrays({"params": params}))
   for name in sorted(config.evals) if names is None else names:
-    if name not in config.evals:
-      raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
+    label = label_of(config, name, split)
     entry = config.evals[name]
     try:
       kind = find_kind(entry.kind, config.outside)
@@ -58,7 +59,6 @@ def evaluate(
       reason = str(error).removeprefix("config: ")
       raise UsageError(f"config.evals.{name}.kind: {reason}") from error
     chosen = split or entry.split
-    label = name if chosen == entry.split else f"{name}_{chosen}"
     numbers, predictions = measure(kind, config, params, entry, chosen)
     fields = json.loads(entry.to_json()) | {"split": chosen}  # what was asked, with the answer
     origin = {"step": step, "parameters": parameters,
@@ -70,6 +70,34 @@ def evaluate(
     if workdir is not None:
       _write(Path(workdir), step, label, results[label], predictions)
   return results
+
+
+def read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+  """Step and results, label to numbers, of an `evals/<step>.json`.
+
+  Raises:
+    DataError: it is not what an evaluation wrote.
+  """
+  try:
+    found = json.loads(read_text(path))
+    step, results = int(found["step"]), dict(found["evals"])
+    if not all(isinstance(numbers, dict) for numbers in results.values()):
+      raise ValueError("numbers are missing")
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f"{path} is not what an evaluation writes ({error!r}); move it away, and "
+                    "evaluate again") from error
+  return step, results
+
+
+def label_of(config: ConfigDict, name: str, split: str | None) -> str:
+  """What the results of an evaluation are called when `split` is read, None: its own split.
+
+  Raises:
+    UsageError: no such evaluation; names the nearest.
+  """
+  if name not in config.evals:
+    raise UsageError(f"config.evals has no '{name}'; {nearest(name, config.evals)}")
+  return name if split in (None, config.evals[name].split) else f"{name}_{split}"
 
 
 def in_loop(
@@ -107,14 +135,11 @@ def line(numbers: dict[str, Any], main: str, unit: str) -> str:
 
 def _write(workdir: Path, step: int, label: str, numbers: dict, predictions: dict) -> None:
   """Adds an evaluation to the file of its step, and replaces its predictions."""
-  try:
-    for images, rows in predictions.items():
-      name = f"{label}_{images}" if images else label
-      replace(workdir / "predictions" / f"{name}.jsonl", lines(rows))
-    path = workdir / "evals" / f"{step}.json"
-    known = json.loads(path.read_text()) if path.exists() else {"step": step, "evals": {}}
-    known["evals"][label] = numbers
-    replace(path, json.dumps(known, indent=2, sort_keys=True) + "\n")
-  except OSError as error:
-    raise DiskError(f"--workdir {workdir} cannot be written ({error.strerror}); free space, mend "
-                    "its permissions or choose another directory") from error
+  for images, rows in predictions.items():
+    name = f"{label}_{images}" if images else label
+    text = lines({**row, "step": step} for row in rows)
+    write_atomically(workdir / "predictions" / f"{name}.jsonl", text)
+  path = workdir / "evals" / f"{step}.json"
+  known = read(path)[1] if path.exists() else {}
+  found = {"step": step, "evals": known | {label: numbers}}
+  write_atomically(path, json.dumps(found, indent=2, sort_keys=True) + "\n")

@@ -2,8 +2,9 @@
 
 Lock, metrics and checkpoints of the training process are left alone. Numbers go to
 `evals/<step>.json` and predictions to `predictions/`, where an evaluation inside training would
-write the same ones, and one row a checkpoint to `evals.jsonl`, {"step", "eval/NAME/NUMBER": value},
-under the names that `metrics.jsonl` has for them.
+write the same ones, and rows to `evals.jsonl`, {"step", "eval/NAME/NUMBER": value}, under the names
+that `metrics.jsonl` has for them. Every checkpoint gets a row, and another one when it is asked
+something that it has not been asked yet.
 """
 
 import time
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.typing import Params
 from vlm_jax.evals.predictions import Appender
-from vlm_jax.evals.run import evaluate, scalars
+from vlm_jax.evals.run import evaluate, label_of, scalars
 
 ROWS = "evals.jsonl"
 
@@ -48,8 +49,8 @@ def watch(
     sleep: waits some seconds.
 
   Returns:
-    The steps evaluated by this call. A step that `evals.jsonl` has is not evaluated again; one
-    whose checkpoint was removed before its turn (config.train.keep) is reported and left out.
+    The steps evaluated by this call. What `evals.jsonl` has of a step is not evaluated again; a
+    step whose checkpoint was removed before its turn (config.train.keep) is reported and left out.
 
   Raises:
     UsageError, DataError, DiskError: as in `run.evaluate`; UsageError also for `until` behind the
@@ -61,9 +62,12 @@ def watch(
                      "never come")
   if poll <= 0:
     raise UsageError(f"--poll is {poll}; use seconds above 0")
+  labels = {name: label_of(config, name, split)
+            for name in (sorted(config.evals) if names is None else names)}
   file = Appender(Path(workdir) / ROWS)
   try:
-    seen = {row["step"] for row in file.rows}
+    left = _left(file.rows, labels)
+    seen = {step for step in left if not left[step]}
     done: list[int] = []
     waiting = False
     while not seen or max(seen) < last:
@@ -76,18 +80,29 @@ def watch(
         continue
       waiting = False
       seen.add(step := found[0])
-      row = _evaluate(config, workdir, step, steps, load, list(names) if names else None, split,
-                      report)
+      row = _evaluate(config, workdir, step, steps, load, left.get(step, names), split, report)
       if row is not None:
         file.append([{"step": step, **row}])
         done.append(step)
+    if not done:
+      report(f"{file.path} has all of it already; another name with --new asks anew")
     return done
   finally:
     file.close()
 
 
+def _left(rows: list[dict[str, Any]], labels: dict[str, str]) -> dict[int, list[str]]:
+  """Step to the evaluations that no row of it has; `labels` are what results are called."""
+  known: dict[int, set[str]] = {}
+  for row in rows:
+    known.setdefault(row["step"], set()).update(
+      key.split("/")[1] for key in row if key.startswith("eval/"))
+  return {step: [name for name, label in labels.items() if label not in found]
+          for step, found in known.items()}
+
+
 def _evaluate(config: ConfigDict, workdir: str | Path, step: int, steps: Callable, load: Callable,
-              names: list[str] | None, split: str | None, report: Callable[[str], None]
+              names: Iterable[str] | None, split: str | None, report: Callable[[str], None]
               ) -> dict[str, Any] | None:
   """The row of one step; None when its checkpoint went away."""
   try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image as PIL
 
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, DiskError, UsageError
@@ -47,7 +48,7 @@ def answer(
     max_tokens: the answer is cut there.
     sampling: how to choose tokens.
     write: gets the answer in pieces of whole characters while it is being said; None: nobody does.
-    attention_map: where to draw the attention over the pictures of every word, "" for nowhere.
+    attention_map: PNG file to draw the attention over the pictures of every word in, "" for none.
     attention_layers: the layers to average there, (): all; see `maps.word_maps`.
 
   Returns:
@@ -57,16 +58,15 @@ def answer(
 
   Raises:
     UsageError: an empty prompt, max_tokens below 1, a number of `<image>` that is not the images',
-      or as `maps.word_maps`.
+      an `attention_map` that is no PNG, or as `maps.word_maps`.
     DataError: an image that is missing or cannot be read.
-    DiskError: `attention_map` is in no directory.
+    DiskError: `attention_map` is in no directory or cannot be written.
   """
   if max_tokens < 1:
     raise UsageError(f"--max-tokens is {max_tokens}; use 1 or more")
   if attention_map:
     maps.check(config, len(images), attention_layers)
-    if not (folder := Path(attention_map).absolute().parent).is_dir():
-      raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
+    _check_place(Path(attention_map))
   start = time.perf_counter()
   tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
   pictures = tuple(_read(path, decode_image) for path in images)
@@ -86,7 +86,7 @@ def answer(
   tokens = np.asarray(said.tokens)[0, 0, : int(said.lengths[0, 0])].tolist()
   if attention_map:
     found = maps.word_maps(config, params, encoded, tokens, tokenizer, attention_layers)
-    maps.draw(found, encoded.images).save(attention_map)
+    _save(maps.draw(found, encoded.images), attention_map)
   return {
     "text": tokenizer.decode(tokens).strip(),
     "tokens": tokens,
@@ -173,6 +173,21 @@ class Speaker:
     if len(text) > len(self._shown):
       self._write(text[len(self._shown) :])
       self._shown = text
+
+
+def _check_place(path: Path) -> None:
+  if path.suffix.lower() != ".png":
+    raise UsageError(f"--attention-map is {path}; give it a name that ends in .png")
+  if not (folder := path.absolute().parent).is_dir():
+    raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
+
+
+def _save(picture: PIL.Image, path: str | Path) -> None:
+  try:
+    picture.save(path)
+  except OSError as error:
+    raise DiskError(f"--attention-map {path} cannot be written ({error.strerror}); free space or "
+                    "choose another file") from error
 
 
 def _read(path: str | Path, decode_image: template.DecodeImage) -> Image:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Cache, Output
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import constrain
@@ -41,8 +42,19 @@ KEYS = (
 
 
 def head_dim(config: ConfigDict) -> int:
-  """C."""
-  return config.head_dim or config.width // config.heads
+  """C.
+
+  Raises:
+    UsageError: heads that cannot be: RoPE turns pairs of channels, and heads share keys in groups.
+  """
+  width = config.head_dim or config.width // config.heads
+  if width % 2:
+    raise UsageError(f"config.llm: a head has {width} channels (head_dim, or width / heads), but "
+                     "RoPE turns them in pairs; make it an even number")
+  if config.heads % config.kv_heads:
+    raise UsageError(f"config.llm.heads is {config.heads}, which must be a multiple of kv_heads, "
+                     f"{config.kv_heads}; change one of them")
+  return width
 
 
 def supports(mask: IntervalMask) -> str | None:

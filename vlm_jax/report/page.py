@@ -12,13 +12,13 @@ import numpy as np
 import vlm_jax
 from vlm_jax.core.errors import UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.writing import write_atomically
 from vlm_jax.evals.kinds import find_kind
 from vlm_jax.report import charts, rows, samples
 from vlm_jax.report.html import Html, figure, table, tag
 from vlm_jax.report.run import Run, column, read
 from vlm_jax.report.style import CSS
 from vlm_jax.train.metrics import duration
-from vlm_jax.train.workdir import write_atomically
 
 MAPS = 2  # samples of an evaluation whose attention is drawn
 UNITS = ("questions", "tokens", "pictures", "documents")  # what evaluations count
@@ -43,6 +43,7 @@ def write(workdir: str | Path, out: str | Path | None = None, *, root: str | Non
   Raises:
     UsageError: not a run directory, or a negative number of maps.
     DataError: a file of it is damaged.
+    DiskError: the file cannot be written.
   """
   if maps < 0:
     raise UsageError(f"--attention-maps is {maps}; use 0 or more")

@@ -13,6 +13,7 @@ from vlm_jax import runs
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.typing import Params
+from vlm_jax.evals import run as results
 from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint_tools import FOLDER, Entry, entries
 
@@ -61,7 +62,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
 
   Raises:
     UsageError: it is not the directory of a run.
-    DataError: a file of it is not JSON.
+    DataError: a file of it is damaged.
   """
   path = Path(workdir)
   config = runs.frozen(path, root, outside)
@@ -70,8 +71,8 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
   commands = path / "command.txt"
   evals = {}
   for file in (path / "evals").glob("*.json"):
-    found = _json(file)
-    evals[int(found["step"])] = found["evals"]
+    step, found = results.read(file)
+    evals[step] = found
   return Run(
     path=path,
     config=config,
@@ -79,7 +80,7 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     metrics=trackers.read(path / "metrics.jsonl"),
     timing=trackers.read(path / "timing.jsonl"),
     evals=dict(sorted(evals.items())),
-    commands=commands.read_text().splitlines() if commands.exists() else [],
+    commands=commands.read_text(errors="replace").splitlines() if commands.exists() else [],
     environment=_json(path / "env.json"),
     sources=_json(Path(config.data.root) / "manifest.json").get("sources", {}),
     checkpoints=checkpoints,

@@ -1,7 +1,5 @@
 """Questions of an evaluation with their pictures, answers, and what the controls answered."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from PIL import Image as PIL
@@ -10,6 +8,7 @@ from vlm_jax.core.document import Document, Image
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images, pipeline
 from vlm_jax.data.bad import BadExample
+from vlm_jax.evals import predictions
 from vlm_jax.report import looks
 from vlm_jax.report.html import Html, figure, picture, tag
 from vlm_jax.report.run import Run
@@ -25,17 +24,21 @@ def section(run: Run, label: str, step: int, numbers: dict[str, Any], maps: int)
 
   None when it left no predictions of answers.
   """
-  rows = read(run.path / "predictions" / f"{label}.jsonl")
+  rows = read(run, label)
   if not rows or not SHOWN <= rows[0].keys():
     return None
+  if (said := rows[0].get("step", step)) != step:
+    return tag("p", f"Not shown: its answers were replaced by those of step {said:,}; `vlm-jax "
+               f"evaluate --step={step}` writes them again.", class_="muted")
   controls = {}
   for name in numbers.get("controls", {}):
-    found = read(run.path / "predictions" / f"{label}_{name}.jsonl")
-    controls[name] = {row["key"]: row for row in found}
+    controls[name] = {row["key"]: row for row in read(run, f"{label}_{name}")}
   chosen = choose(rows)
   shown, missing = documents(run, numbers, {row["document"] for row in chosen})
   cards = [card(row, controls, thumbnail(shown.get(row["document"]))) for row in chosen]
   note = tag("p", f"Pictures are not shown: {missing}") if missing else ""
+  if shown and (terms := licence(run, numbers["source"])):
+    note += tag("p", f"Pictures: {terms}", class_="muted")
   looked, why = looks.draw(run, step, chosen, shown, maps) if maps else ({}, "")
   note += tag("p", f"Attention is not shown: {why}", class_="muted") if why else ""
   asked = {row["key"]: row.get("question", "") for row in chosen}
@@ -46,10 +49,17 @@ def section(run: Run, label: str, step: int, numbers: dict[str, Any], maps: int)
   return Html(note + tag("div", cards, class_="cards") + tag("div", drawn, class_="maps"))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(run: Run, name: str) -> list[dict[str, Any]]:
   """The rows of a predictions file, [] without one."""
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] \
-    if path.exists() else []
+  path = run.path / "predictions" / f"{name}.jsonl"
+  return predictions.read(path) if path.exists() else []
+
+
+def licence(run: Run, source: str) -> str:
+  """Licence and attribution of a source's pictures, "" when nobody has said it."""
+  entry = run.config.data.sources.get(source)
+  name = entry.name.split(".")[-1] if entry is not None else ""  # a user's own module: its last
+  return run.sources.get(name, {}).get("licence", "")
 
 
 def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,10 +75,15 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return picked
 
   used: set[str] = set()
-  wrong = spread([row for row in rows if row["score"] < 1], WRONG, used)
-  right = spread([row for row in rows if row["score"] >= 1], COUNT - len(wrong), used)
-  more = spread([row for row in rows if row["score"] < 1], COUNT - len(wrong) - len(right), used)
-  return [*wrong, *more, *right]
+  wrong = spread([row for row in rows if not right(row)], WRONG, used)
+  good = spread([row for row in rows if right(row)], COUNT - len(wrong), used)
+  more = spread([row for row in rows if not right(row)], COUNT - len(wrong) - len(good), used)
+  return [*wrong, *more, *good]
+
+
+def right(row: dict[str, Any]) -> bool:
+  """Whether an answer is all right; a caption only word for word: its CIDEr-D goes up to 10."""
+  return row.get("rouge_l", row["score"]) >= 1
 
 
 def documents(run: Run, numbers: dict[str, Any], keys: set[str]
@@ -76,14 +91,17 @@ def documents(run: Run, numbers: dict[str, Any], keys: set[str]
   """Key to document of some documents with their pictures, and why there are none."""
   if numbers.get("images") == "none":
     return {}, "this evaluation asks without them."
-  entry = next((entry for entry in run.config.evals.values()
-                if entry.source == numbers["source"]), None)
   found: dict[str, Document] = {}
   try:
     source = run.config.data.sources[numbers["source"]]
-    form = entry.form if entry is not None and entry.form else source.form
-    for document in pipeline.documents(run.config, numbers["source"], numbers["split"], form,
-                                       numbers.get("images", "real")):
+    form = numbers.get("entry", {}).get("form") or source.form  # as the evaluation was asked
+    split = pipeline.documents(run.config, numbers["source"], numbers["split"], form,
+                               numbers.get("images", "real"))
+    for index in range(len(split)):
+      try:
+        document = split[index]
+      except BadExample:
+        continue
       key = document.key if document.key in keys else document.key.split("?")[0]
       if key in keys:  # of the captions of one record the first stands for all
         found.setdefault(key, document)
@@ -111,12 +129,14 @@ def thumbnail(document: Document | None) -> PIL.Image | None:
 
 def card(row: dict[str, Any], controls: dict[str, dict], image: PIL.Image | None) -> Html:
   """One question."""
-  right = row["score"] >= 1
-  answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right else "no")
+  answer = tag("p", row["prediction"] or "(nothing)", class_="yes" if right(row) else "no")
   lines = [tag("p", row.get("question", ""), class_="asked"), answer]
-  if not right:
+  if not right(row):
     truth = ", ".join(dict.fromkeys(row.get("answers", [])))
     lines.append(tag("p", "truth: ", tag("b", truth)))
+  if "rouge_l" in row:
+    lines.append(tag("p", f"CIDEr-D {figure(row['score'])}, ROUGE-L {figure(row['rouge_l'])}",
+                     class_="muted"))
   if "log_prob" in row:
     lines.append(tag("p", f"log-probability {figure(row['log_prob'])}", class_="muted"))
   for name, rows in controls.items():

@@ -7,6 +7,7 @@ digests of its arrays and documents; `restore` verifies it, moves a damaged chec
 takes the previous one.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -254,7 +255,7 @@ def read_item(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       raise
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full ")[0]
     raise Corrupt(f"'{name}' cannot be read: {reason[:200]}") from error
 
 
@@ -274,10 +275,12 @@ def _same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:
 def quiet() -> None:
   """Keeps tracebacks of failures that are handled here off the terminal.
 
-  Orbax logs the error of every thread on its way up, and event loops that it closed after an error
-  still get callbacks.
+  Orbax logs the error of every thread on its way up, event loops that it closed after an error
+  still get callbacks, and of the arrays that a full disk refused it asks after the first only: the
+  event loop logs a traceback for each of the others.
   """
   absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   if getattr(sys.unraisablehook, "ours", False):
     return
   before = sys.unraisablehook

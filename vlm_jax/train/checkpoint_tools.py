@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.tree import unflatten
+from vlm_jax.core.writing import write_atomically
 from vlm_jax.train import checkpoint, workdir
 from vlm_jax.train.checkpoint import Corrupt
 
@@ -248,7 +249,7 @@ def average(run: str | Path, steps: Sequence[int], out: str | Path) -> int:
   with _disk_errors(target):
     target.mkdir(parents=True, exist_ok=True)
     with workdir.lock(target / "LOCK"):
-      workdir.write_atomically(target / "config.json", config)
+      write_atomically(target / "config.json", config)
       _write(target / FOLDER, steps[-1], unflatten(params)["params"], meta)
   return steps[-1]
 

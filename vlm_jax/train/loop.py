@@ -24,6 +24,7 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.core.tree import flatten, unite
 from vlm_jax.core.typing import Params
+from vlm_jax.core.writing import write_atomically
 from vlm_jax.train import metrics as metrics_lib
 from vlm_jax.train import state as state_lib
 from vlm_jax.train import trackers
@@ -33,7 +34,7 @@ from vlm_jax.train.profile import Profile
 from vlm_jax.train.signals import Signals
 from vlm_jax.train.state import State
 from vlm_jax.train.step import Numbers, make_step, place
-from vlm_jax.train.workdir import Workdir, environment, write_atomically
+from vlm_jax.train.workdir import Workdir, environment
 
 Evaluate = Callable[[str, Params, int], dict[str, float]]
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.train.workdir import write_atomically
+from vlm_jax.core.writing import write_atomically
 
 Row = Mapping[str, Any]
 

@@ -1,4 +1,5 @@
-"""The directory of a run: one owner at a time, one config for ever, enough to continue it.
+"""The directory of a run: one owner at a time, one config since its first step, and enough to
+continue it.
 
 config.json    the frozen config          metrics.jsonl  numbers that are functions of the config
 command.txt    one line per start         timing.jsonl   numbers that are not
@@ -20,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError, RetryError, UsageError
+from vlm_jax.core.writing import write_atomically
 
 # What may change between two starts of one run: nothing the data or the arithmetic depend on.
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
@@ -68,10 +70,10 @@ class Workdir:
 
   def _freeze(self, config: ConfigDict) -> None:
     path = self.path / "config.json"
-    if path.exists():
+    if path.exists() and self._begun():
       refuse_changes(load_config(self.path, outside=config.outside), config, self.path)
     elif jax.process_index() == 0:
-      if (self.path / "checkpoints").exists():
+      if not path.exists() and (self.path / "checkpoints").exists():
         raise UsageError(f"{self.path} has checkpoints but no config.json; put its config.json "
                          "back or choose a new --workdir")
       write_atomically(path, config.to_json(indent=2, sort_keys=True) + "\n")
@@ -82,6 +84,13 @@ class Workdir:
         write_atomically(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
       except OSError as error:
         raise _disk_error(self.path, error) from error
+
+
+  def _begun(self) -> bool:
+    """Whether there is anything of a config; a start that found no data leaves nothing."""
+    metrics = self.path / "metrics.jsonl"
+    saved = any(entry.name[0].isdigit() for entry in self.path.glob("checkpoints/*"))
+    return saved or metrics.exists() and metrics.stat().st_size > 0
 
 
 def load_config(workdir: str | Path, outside: bool = False) -> ConfigDict:
@@ -96,11 +105,14 @@ def load_config(workdir: str | Path, outside: bool = False) -> ConfigDict:
   """
   path = Path(workdir) / "config.json"
   try:
-    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    fields = json.loads(path.read_text())
+    if not isinstance(fields, dict):
+      raise ValueError("it holds no fields")
+    config = ConfigDict(_tuples(fields))
   except FileNotFoundError as error:
     raise UsageError(f"{path} does not exist; --workdir must be the directory of a run") from error
   except ValueError as error:
-    raise UsageError(f"{path} is not JSON ({error}); restore it or choose a new "
+    raise UsageError(f"{path} is no config ({error}); restore it or choose a new "
                      "--workdir") from error
   config.outside = outside
   return config
@@ -117,16 +129,6 @@ def refuse_changes(frozen: ConfigDict, config: ConfigDict, workdir: Path) -> Non
   if changed:
     raise UsageError(f"{workdir} belongs to a run with another config, which differs in "
                      f"{', '.join(changed)}; undo the change or choose a new --workdir")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Replaces a file: after a crash it is the old or the new one, never half of one."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from tests.data.broken_source import png
 from tests.evals.tiny_source import CAPTIONS, RECORDS
 from vlm_jax.configs import base
+from vlm_jax.core.errors import UsageError
 from vlm_jax.data import pipeline
 from vlm_jax.evals import asking
 from vlm_jax.evals.kinds import anls, caption, find_kind, measure, pope, relaxed, vqa
@@ -30,10 +31,12 @@ def test_scores_are_those_of_the_metric():
   numbers = pope.score(rows, 0)
   assert [row["score"] for row in rows] == [1, 0, 1, 0]
   assert (numbers["f1"], numbers["yes_ratio"], numbers["accuracy"]) == (0.5, 0.5, 0.5)
+  with pytest.raises(UsageError, match="yes or no, and 'red' is the answer of"):
+    pope.score(rows_of(("yes", ["yes"]), ("blue", ["red"])), 0)
   rows = rows_of(("Two.", ["2"] * 2 + ["three"] * 8), ("x", ["y"]))
   assert vqa.score(rows, 0)["accuracy"] == pytest.approx(0.3)
   for kind in (anls, relaxed, pope, vqa):
-    numbers = kind.score(rows_of(("yes", ["yes"]), ("1", ["no"]), ("no", ["2"])), 0)
+    numbers = kind.score(rows_of(("yes", ["yes"]), ("1", ["no"]), ("no", ["no"])), 0)
     assert numbers["low"] <= numbers[kind.MAIN] <= numbers["high"] and numbers[kind.UNIT] == 3
 
 

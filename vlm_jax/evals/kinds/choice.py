@@ -151,7 +151,13 @@ def score(rows: list[dict], seed: int) -> dict[str, Any]:
   Returns:
     {"accuracy", "low", "high", "chance", "circular", "circular_low", "circular_high",
     "questions"}: accuracy over rows, circular over questions of which every row must be right.
+
+  Raises:
+    UsageError: a row without options.
   """
+  if not all("options" in row for row in rows):
+    raise UsageError("choice needs the options of every question, which only an MMBench table "
+                     "has; give one (*.tsv) as --references")
   whole: dict[str, float] = {}
   for row in rows:
     row["score"] = float(letter_of(row["prediction"], row["options"]) == row["answers"][0])

@@ -1,0 +1,28 @@
+"""A file is the old or the new one, whatever happens, and nothing else is left behind."""
+
+import os
+
+import pytest
+
+from vlm_jax.core.errors import DiskError
+from vlm_jax.core.writing import write_atomically
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "made" / "x"
+  write_atomically(path, "old \u00e9")
+  assert path.read_bytes() == b"old \xc3\xa9"
+  monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "full")))
+  with pytest.raises(DiskError, match=r"made/x cannot be written \(full\)"):
+    write_atomically(path, "new")
+  assert os.listdir(path.parent) == ["x"] and path.read_text(encoding="utf-8") == "old \u00e9"
+
+
+def test_a_place_that_cannot_be(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(DiskError, match="file is no directory"):
+    write_atomically(tmp_path / "file" / "x", "")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(DiskError, match="Is a directory"):
+    write_atomically(tmp_path / "folder", "")
+  assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

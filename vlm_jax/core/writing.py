@@ -1,0 +1,36 @@
+"""Text files that are written whole or not at all."""
+
+import os
+from pathlib import Path
+
+from vlm_jax.core.errors import DiskError
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+  """Replaces a file: after a crash or on a full disk it is the old or the new one, never a half.
+
+  Args:
+    path: the file; its folder is made.
+    text: what it is to hold, in UTF-8.
+
+  Raises:
+    DiskError: it cannot be written; nothing of the new one is left behind.
+  """
+  path = Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of this process alone
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    except BaseException:
+      temporary.unlink(missing_ok=True)
+      raise
+  except OSError as error:
+    reason = f"{path.parent} is no directory" if isinstance(error, FileExistsError) else (
+      error.strerror)
+    raise DiskError(f"{path} cannot be written ({reason}); free space, mend its permissions or "
+                    "choose another place") from error
