@@ -85,7 +85,6 @@ class Workdir:
       except OSError as error:
         raise _disk_error(self.path, error) from error
 
-
   def _begun(self) -> bool:
     """Whether there is anything of a config; a start that found no data leaves nothing."""
     metrics = self.path / "metrics.jsonl"
