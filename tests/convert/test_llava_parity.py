@@ -28,6 +28,7 @@ from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
+from vlm_jax.ops import rope
 
 TOLERANCE = 2e-4  # of gradients
 LOGITS = 2e-5  # of logits, whose measured error is at most 5e-6
@@ -250,14 +251,6 @@ def one(tmp_path_factory):
   return Reference(0, tmp_path_factory.mktemp("one") / "model")
 
 
-def interleaved(x, by):
-  """Rotary embedding of neighbouring pairs, the layout of Meta's files."""
-  even, odd = x[..., 0::2], x[..., 1::2]
-  cos, sin = (part[:, :, None] for part in by)
-  rotated = (even * cos - odd * sin, odd * cos + even * sin)
-  return jnp.stack(rotated, axis=-1).reshape(x.shape)
-
-
 @functools.cache
 def _forward(config, name):
   """Jitted forward pass; `name` tells patched code from the real one."""
@@ -279,7 +272,8 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
   config.attention.implementation = "dense"
   batch, where = our_batch(config)
   if twin == "rope":
-    monkeypatch.setattr("vlm_jax.nn.attention.rotate", interleaved)
+    layout = lambda width, theta: rope.sequence(width, theta).interleaved()  # of Meta's files
+    monkeypatch.setattr("vlm_jax.llm.llama.sequence", layout)
   elif twin == "layer":
     config.tower.feature_layer = -1
   elif twin == "llm_eps":

@@ -150,7 +150,7 @@ def test_manifest_says_where_the_data_is_from(root):
   assert manifest["sources"]["easy_vqa"]["licence"].startswith("MIT")
   assert manifest["sources"]["easy_vqa"]["version"] == "1.0"
   assert manifest["sources"]["pydoc"]["licence"].startswith("PSF-2.0")
-  assert json.dumps(manifest) and len(manifest["files"]) == 7
+  assert json.dumps(manifest) and len(manifest["files"]) == 10
 
 
 def test_errors_name_the_way_out(tmp_path, root, monkeypatch):

@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--root",
                       help="folder to write to (default: the config's data.root, or 'data')")
   parser.add_argument("--sources", help="comma-separated modules of vlm_jax/data/sources "
-                      "(default: the config's, or easy_vqa,pydoc)")
+                      "(default: the config's, or easy_vqa,openmoji,pydoc)")
   parser.add_argument("--vocab-size", type=int,
                       help="tokens of the tokenizer (default: the config's, or 1024)")
 

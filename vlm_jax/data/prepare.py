@@ -24,7 +24,7 @@ from vlm_jax.data import draw, files, records, tokenizer
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.sources import DataSet, find_source, folder, is_format
 
-SOURCES = ("easy_vqa", "pydoc")
+SOURCES = ("easy_vqa", "openmoji", "pydoc")
 OWN_RECORDS = 100_000  # of a user's own files that the tokenizer learns from, evenly spaced
 TEMPORARY = ".prepare"
 LOCK = ".prepare.lock"
