@@ -111,7 +111,8 @@ def make_work(name: str, length: int, where: str) -> Work:
 def planned(work: Work):
   """The mask on device and its plan."""
   length = work.mask.num_queries
-  block_q, block_k = block_sizes(length, length, work.platform, HEADS // GROUPS)
+  block_q, block_k = block_sizes(length, length, work.platform,
+                                 sharing=HEADS // GROUPS, width=WIDTH, dtype=work.dtype)
   mask = jax.tree.map(jnp.asarray, work.mask)
   plan = jax.jit(lambda mask: make_plan(mask, length, block_q=block_q, block_k=block_k))
   return mask, plan
