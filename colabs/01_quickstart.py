@@ -31,7 +31,7 @@ WORKDIR = "runs/notebook"  # @param {type:"string"}
 
 import jax
 
-MINUTES = {"cpu": "5 on two cores"}  # training and evaluation; other devices were not measured
+MINUTES = {"cpu": "6 on two cores"}  # training and evaluation; other devices were not measured
 device = jax.devices()[0]
 print(f"{device.device_kind} ({device.platform}), expected minutes: "
       f"{MINUTES.get(device.platform, 'unknown')}")
@@ -39,9 +39,10 @@ print(f"{device.device_kind} ({device.platform}), expected minutes: "
 # %% [markdown]
 # ## The data
 #
-# Everything comes with pip packages: 4,000 training pictures with questions, and the manual. What
-# the model reads is packed: several documents share a row and see nothing of each other. The
-# picture shows two rows, a colour for every kind of token, and who sees whom.
+# Everything comes with pip packages: 4,000 training pictures with questions, drawings with
+# their names, and the manual. What the model reads is packed: several documents share a row and
+# see nothing of each other. The picture shows two rows, a colour for every kind of token, and who
+# sees whom.
 
 # %%
 from vlm_jax.cli import config as recipes

@@ -1,13 +1,10 @@
-"""What both TPU kernels are tested with: random packs, and an oracle in float64 with its gradients.
-
-The oracle is written from the definition: logits cap * tanh(scale q k^T / cap) + k_bias, softmax
-over the visible keys, and the log-sum-exp, whose gradient joins that of the output.
-"""
+"""What both TPU kernels are tested with: random packs of many blocks, and the common oracle."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.ops import attention_base
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.ops.attention import make_plan
 
@@ -57,37 +54,12 @@ def inputs(rng: np.random.Generator, q_shape, k_shape) -> dict[str, np.ndarray]:
 
 def oracle(x, mask, *, soft_cap=None, biased=False, lse_gradient=True) -> dict[str, np.ndarray]:
   """out, lse and the gradients of sum(out * out_weight) + sum(lse * lse_weight), in float64."""
-  x = {name: np.asarray(value, np.float64) for name, value in x.items()}
-  repeats = x["q"].shape[2] // x["k"].shape[2]
-  keys, values = (np.repeat(x[name], repeats, 2) for name in ("k", "v"))
-  scale = x["q"].shape[-1] ** -0.5
-  raw = np.einsum("bthc,bshc->bhts", x["q"], keys) * scale
-  slope = 1.0
-  if soft_cap is not None:
-    slope = 1 - np.tanh(raw / soft_cap) ** 2
-    raw = soft_cap * np.tanh(raw / soft_cap)
-  logits = raw + (x["k_bias"][:, None, None] if biased else 0.0)
-  seen = np.asarray(mask.dense(keys.shape[1]))[:, None]
-  some = seen.any(-1, keepdims=True)
-  logits = np.where(seen, logits, -np.inf)
-  top = np.where(some, logits.max(-1, keepdims=True), 0.0)
-  total = np.exp(logits - top).sum(-1, keepdims=True)
-  weights = np.exp(logits - top) / np.where(some, total, 1.0)
-  lse = np.where(some, top + np.log(np.where(some, total, 1.0)), -np.inf)[..., 0]
-  inner = np.einsum("bthc,bshc->bhts", x["out_weight"], values)
-  delta = (inner * weights).sum(-1, keepdims=True)
-  if lse_gradient:
-    delta = delta - x["lse_weight"].swapaxes(1, 2)[..., None]
-  above = weights * (inner - delta)
-  fold = lambda grad: grad.reshape(*x["k"].shape[:3], repeats, -1).sum(3)
-  return dict(
-    out=np.einsum("bhts,bshc->bthc", weights, values),
-    lse=lse.swapaxes(1, 2),
-    q=np.einsum("bhts,bshc->bthc", above * slope, keys) * scale,
-    k=fold(np.einsum("bhts,bthc->bshc", above * slope, x["q"])) * scale,
-    v=fold(np.einsum("bhts,bthc->bshc", weights, x["out_weight"])),
-    k_bias=above.sum((1, 2)),
-  )
+  named = {name: x[name] for name in "qkv"}
+  named |= {"bias": None, "k_bias": x["k_bias"] if biased else None,
+            "weigh_out": x["out_weight"], "weigh_lse": x["lse_weight"]}
+  out, lse, grads = attention_base.oracle(named, mask, soft_cap,
+                                          "" if lse_gradient else "lse_ignored")
+  return {name: grad for name, grad in grads.items() if grad is not None} | {"out": out, "lse": lse}
 
 
 def program(attend, blocks, soft_cap=None, biased=False):
@@ -115,14 +87,4 @@ def program(attend, blocks, soft_cap=None, biased=False):
 
 def errors(got, want, names) -> dict[str, float]:
   """The largest difference over the largest value, of each named array."""
-  found = {}
-  for name in names:
-    a, b = np.asarray(got[name], np.float64), np.asarray(want[name], np.float64)
-    assert a.shape == b.shape, name
-    if name == "lse":
-      assert (np.isneginf(a) == np.isneginf(b)).all(), "lse is -inf where nothing is seen"
-      a, b = np.where(np.isneginf(a), 0, a), np.where(np.isneginf(b), 0, b)
-    assert np.isfinite(a).all(), name
-    assert b.std() > 1e-3, name
-    found[name] = float(np.abs(a - b).max() / np.abs(b).max())
-  return found
+  return {name: attention_base.error(got[name], want[name]) for name in names}

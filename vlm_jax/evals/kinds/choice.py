@@ -69,7 +69,7 @@ def read(document: Document) -> Choice:
   users = [part.text for part in document.parts
            if isinstance(part, Text) and part.role == "user" and part.branch < 2]
   options = [end.text for end in ends]
-  if len(set(options)) < len(options):  # "Is it: lion?" "yes", "Is it: taxi?" "yes"
+  if len(set(options)) < len(options):  # "lion?" "yes", "taxi?" "yes"
     options = [" ".join(part.text for part in parts) for parts in branches(document).values()]
     users = []
   return Choice(document.key, users[-1] if users else "", tuple(options), right[0])

@@ -28,9 +28,10 @@ from vlm_jax.ops.attention.pallas_tpu_forward import (
   each_chunk,
   forward_specs,
   lane_sums,
+  logits_in_rows,
   matmul,
+  of_its_kind,
   query_columns,
-  seen_in_rows,
   spread,
   visible,
 )
@@ -39,7 +40,6 @@ from vlm_jax.ops.attention.pallas_tpu_layout import (
   LANES,
   STARTS,
   VMEM_BYTES,
-  WHOLE,
 )
 
 
@@ -63,26 +63,14 @@ def _dq_kernel(entries, operands: Operands, above, lse, delta, dq, acc, q_column
   def step(masked: bool):
     @each_chunk(call.block_q)
     def chunk(queries):
-      logits, bent = cap(matmul(operands.q[queries], operands.k[...], NT), call.soft_cap)
-      if operands.k_bias is not None:
-        logits += operands.k_bias[...]
-      if masked:
-        key_start = call.by_query.member(entry) * call.block_k
-        seen = seen_in_rows(operands, q_columns, queries, key_start)
-        logits = jnp.where(seen, logits, MASKED)
+      logits, bent = logits_in_rows(call, operands, q_columns, queries, entry, masked)
       weights = jnp.exp2(logits - spread(lse_columns[queries], call.block_k))
       inner = matmul(above[queries], operands.v[...], NT)
       delta = spread(delta_columns[queries], call.block_k)
       gradient = _logit_gradient(weights, inner, delta, bent)
       acc[queries] += matmul(gradient.astype(operands.k.dtype), operands.k[...], NN)
 
-  @pl.when((entry & WHOLE) != 0)
-  def whole():
-    step(masked=False)
-
-  @pl.when((entry & WHOLE) == 0)
-  def partial():
-    step(masked=True)
+  of_its_kind(entry, step)
 
   @pl.when((entry & ENDS) != 0)
   def end():
@@ -133,13 +121,7 @@ def _dkv_kernel(entries, operands: Operands, above, lse, delta, dk, dv, dbias, a
       gradient = _logit_gradient(weights, inner, delta[...], bent)
       acc_k[keys] += matmul(gradient.astype(operands.q.dtype), operands.q[...], NN)
 
-  @pl.when((entry & WHOLE) != 0)
-  def whole():
-    step(masked=False)
-
-  @pl.when((entry & WHOLE) == 0)
-  def partial():
-    step(masked=True)
+  of_its_kind(entry, step)
 
   @pl.when(((entry & ENDS) != 0) & (head == call.heads // call.groups - 1))
   def end():

@@ -7,6 +7,7 @@ vector unit works on one chunk while the matrix unit works on the next.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,25 @@ def seen_in_rows(operands: Operands, q_columns, queries: pl.Slice, key_start: Ar
   return visible(fields[0], fields[1], index, q_class, k_class)
 
 
+def logits_in_rows(call: Call, operands: Operands, q_columns, queries: pl.Slice, entry: Array,
+                   masked: bool) -> tuple[Array, Array | None]:
+  """Base-2 logits f32[chunk,bk] of a chunk of queries, MASKED where unseen, and `cap`'s tanh."""
+  logits, bent = cap(matmul(operands.q[queries], operands.k[...], NT), call.soft_cap)
+  if operands.k_bias is not None:
+    logits += operands.k_bias[...]
+  if masked:
+    key_start = call.by_query.member(entry) * call.block_k
+    seen = seen_in_rows(operands, q_columns, queries, key_start)
+    logits = jnp.where(seen, logits, MASKED)
+  return logits, bent
+
+
+def of_its_kind(entry: Array, step: Callable[[bool], None]) -> None:
+  """Runs step(masked) for a pair of blocks: without the mask where every query sees every key."""
+  pl.when((entry & WHOLE) != 0)(lambda: step(False))
+  pl.when((entry & WHOLE) == 0)(lambda: step(True))
+
+
 def _kernel(entries, operands: Operands, out, lse, top, total, acc, q_columns, *, call: Call):
   entry = entries[pl.program_id(1)]
 
@@ -203,13 +223,7 @@ def _kernel(entries, operands: Operands, out, lse, top, total, acc, q_columns, *
   def step(masked: bool):
     @each_chunk(call.block_q)
     def chunk(queries):
-      logits, _ = cap(matmul(operands.q[queries], operands.k[...], NT), call.soft_cap)
-      if operands.k_bias is not None:
-        logits += operands.k_bias[...]
-      if masked:
-        key_start = call.by_query.member(entry) * call.block_k
-        seen = seen_in_rows(operands, q_columns, queries, key_start)
-        logits = jnp.where(seen, logits, MASKED)
+      logits, _ = logits_in_rows(call, operands, q_columns, queries, entry, masked)
       before = top[queries]
       after = jnp.maximum(before, logits.max(1, keepdims=True))
       # A query that has seen nothing so far gets weights 1 here; the first key it does see, if any,
@@ -222,13 +236,7 @@ def _kernel(entries, operands: Operands, out, lse, top, total, acc, q_columns, *
       add = matmul(weights.astype(operands.v.dtype), operands.v[...], NN)
       acc[queries] = spread(shrink, call.width) * acc[queries] + add
 
-  @pl.when((entry & WHOLE) != 0)
-  def whole():
-    step(masked=False)
-
-  @pl.when((entry & WHOLE) == 0)
-  def partial():
-    step(masked=True)
+  of_its_kind(entry, step)
 
   @pl.when((entry & ENDS) != 0)
   def end():
