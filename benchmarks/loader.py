@@ -32,7 +32,7 @@ The last line is JSON; where a key is by workers, "0" is one process that does e
   chips            H100s that one core feeds while they train a LLaVA of 7e9 parameters: 704 slots a
                    picture, 6 FLOPs a parameter and slot, half of 989 TFLOP/s
   bytes            mean size of a file
-  seconds, best, matmul, load, contended   by workers, see protocol.py
+  seconds, best, matmul, others, contended   by workers, see protocol.py
   machine
 """
 
@@ -294,7 +294,7 @@ def main() -> None:
     "chips": first["images_per_s"]["ours_draft"] / CHIP,
     "bytes": size,
     **{key: by_workers(lambda one, key=key: one[key])
-       for key in ("seconds", "best", "matmul", "load")},
+       for key in ("seconds", "best", "matmul", "others")},
     "contended": contended if any(contended.values()) else False,
   }
   protocol.report(
