@@ -49,22 +49,23 @@ def get_config(arg: str = "") -> ConfigDict:
   # Whole cycles are packed: short windows and few pictures a cycle leave little of a row empty.
   config.data.tokens = 1280
   config.data.rows = 2
-  config.data.images = 18
+  config.data.images = 17
   config.data.window = 64
   augment = ("flip", "translate")
+  # Weights by the validation splits: equal ones leave the drawings and the text behind.
   config.data.sources.easy_vqa = base.source(
     name="easy_vqa", form="fan_out", ratio=1, augment=augment)
   config.data.sources.captions = base.source(
-    name="easy_vqa", form="caption", ratio=2, augment=augment)
+    name="easy_vqa", form="caption", ratio=2, weight=2.0, augment=augment)
   config.data.sources.openmoji = base.source(
     name="openmoji", form="fan_out", ratio=2, weight=2.0, augment=augment)
-  config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1)
+  config.data.sources.pydoc = base.source(name="pydoc", form="text", ratio=1, weight=2.0)
 
   config.optim.lr = 1e-3
   config.optim.b2 = 0.98
   config.optim.weight_decay = 0.05
   config.optim.warmup = 100
-  config.train.steps = 1600
+  config.train.steps = 1800
   config.train.log_every = 100
   config.train.checkpoint_every = 400
 
