@@ -31,12 +31,12 @@ FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all th
 VOCAB, SLOTS = 61, 13
 LENGTHS = (13, 9)
 NEW = 9  # generated tokens
-SHARP = ("q_proj.weight", "k_proj.weight", "gate_proj.weight", "up_proj.weight")
+SHARP = tuple(f"{name}_proj.weight" for name in ("q", "k", "o", "gate", "up", "down"))
 transformers.utils.logging.disable_progress_bar()
 
 
 def numbers(seed: int) -> dict:
-  """Sizes that divide nothing, with groups (2, 4, 1 of 4 heads), as their names for them."""
+  """Sizes that divide nothing; groups 2, 4 and 1 of 4 heads for the seeds 0, 1 and 2."""
   rng = np.random.default_rng(seed)
   return dict(
     vocab_size=VOCAB, hidden_size=4 * int(rng.integers(7, 11)),
@@ -67,7 +67,7 @@ class Reference:
     self.model = kind._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
       for name, weight in self.model.named_parameters():
-        sharp = 0.3 if name.endswith(SHARP) else 1.0 if "embed_tokens" in name else 0.1
+        sharp = 0.3 if name.endswith(SHARP) else 0.1
         center = 0.0 if "Gemma" in kind.__name__ or "norm" not in name else 1.0
         weight.normal_(center, sharp)
     self.model.save_pretrained(directory)
@@ -133,10 +133,6 @@ def check_logits_and_gradients(reference: Reference) -> None:
   worst = {}
   for key, grad in ours.items():
     expected = reference.grads[key]
-    if key.endswith("k_proj.bias"):  # before RoPE it would shift a query's logits alike: small
-      assert np.abs(grad - expected).max() < TOLERANCE * np.abs(
-        reference.grads[key.replace("k_proj", "q_proj")]).max()
-      continue
     assert np.isfinite(grad).all() and np.abs(expected).max() > 1e-4, key
     worst[key] = float(np.abs(grad - expected).max() / np.abs(expected).max())
   key = max(worst, key=worst.get)
@@ -163,7 +159,7 @@ def check_greedy_tokens(reference: Reference) -> None:
     torch.tensor(ids).long(), attention_mask=torch.tensor(seen), max_new_tokens=NEW,
     do_sample=False, pad_token_id=0)
   np.testing.assert_array_equal(said, expected[:, SLOTS:])
-  assert len(np.unique(said)) > 3
+  assert len(np.unique(said)) > 4
 
 
 def check_files(reference: Reference, tmp_path) -> None:

@@ -20,7 +20,8 @@ def reference(request, tmp_path_factory):
   model, config, seed, tied = KINDS[request.param]
   sizes = published.numbers(seed)
   if request.param == "qwen2":
-    sizes.update(hidden_size=40, head_dim=None)  # heads of width / heads, as published
+    del sizes["head_dim"]  # theirs has width / heads
+    sizes["hidden_size"] = 40
   theirs = config(**sizes, rope_parameters=published.rope(seed), tie_word_embeddings=tied)
   return published.Reference(model, theirs, tmp_path_factory.mktemp("theirs") / "model")
 
@@ -43,10 +44,9 @@ def test_twins_fail_loudly(reference):
   flat = flatten(reference.params)
   if reference.config.llm.qkv_bias:
     path = "layers/attention/value/bias"
-    params = unflatten(flat | {path: flat[path][:, ::-1]})  # groups in another order
+    params = unflatten(flat | {path: flat[path][:, ::-1]})  # groups swapped
     errors["bias"] = reference.error(reference.run(params=params))
   else:
-    # One norm of all heads, instead of one a head: theirs of OLMo 2.
     path = "layers/attention/query_norm/scale"
     params = unflatten(flat | {path: flat[path][:, ::-1]})
     errors["qk_norm"] = reference.error(reference.run(params=params))
