@@ -54,16 +54,21 @@ class Output:
     hidden: f[B,T,D] of the stream that speaks, after the last norm.
     head: f[D,V], the vocabulary projection (the transposed embedding when tied).
     cache: the cache with this call's keys and values appended, or None.
+    soft_cap: c of logits c tanh(logits / c), or None; who reads `head` must read it too.
   """
 
   hidden: Array
   head: Array
   cache: Cache | None = None
+  soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
 
   def logits(self) -> Array:
     """f32[B,T,V]. For training use the chunked losses, which never hold this array."""
-    return jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
-                            preferred_element_type=jax.numpy.float32)
+    logits = jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
+                              preferred_element_type=jax.numpy.float32)
+    if self.soft_cap is None:
+      return logits
+    return self.soft_cap * jax.numpy.tanh(logits / self.soft_cap)
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +124,7 @@ class Fusion(Protocol):
 
 
 class Tower(Protocol):
-  """What a module in `vlm_jax/towers` offers.
+  """What a module in `vlm_jax/towers` offers; a published one also the seam of `LanguageModel`.
 
   Model(config.tower, config.attention, precision) is called with pixels u8[B,N,Height,Width,3] and
   returns Features. `config` below is `config.tower`. Two functions are optional:
@@ -158,7 +163,8 @@ class LanguageModel(Protocol):
   KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
   positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
   RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
-  `config` below is `config.llm`.
+  `config` below is `config.llm`. A published one also has KEYS (`convert/table.py`), MODEL_TYPES,
+  read_hf and write_hf (`convert/nodes.py`).
   """
 
   Model: type
@@ -170,6 +176,13 @@ class LanguageModel(Protocol):
 
   def supports(self, mask: Any) -> str | None:
     """None, or the reason why the model cannot execute this mask."""
+
+
+def names(floor: str) -> list[str]:
+  """The modules of a floor of the package ("fusion", "towers", "connectors", "llm")."""
+  package = importlib.import_module(f"vlm_jax.{floor}")
+  return [module.name for module in pkgutil.iter_modules(package.__path__)
+          if not module.name.startswith("_")]
 
 
 @functools.cache  # a layout asks for its modules once per document
@@ -184,9 +197,7 @@ def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
   Raises:
     UsageError: nothing has that name (lists what exists), or leaving the package is not allowed.
   """
-  package = importlib.import_module(f"vlm_jax.{floor}")
-  known = [module.name for module in pkgutil.iter_modules(package.__path__)
-           if not module.name.startswith("_")]
+  known = names(floor)
   if name in known:
     return importlib.import_module(f"vlm_jax.{floor}.{name}")
   if "." not in name:
