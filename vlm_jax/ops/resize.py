@@ -4,7 +4,7 @@ They are different functions, and a checkpoint runs well with exactly one of the
 
   bicubic             cubic with a = -0.75, the edge repeated, nothing averaged when shrinking:
                       CLIP, SigLIP, ViT and DINOv2 in transformers
-  bicubic_offset      the same with the scale (new + 0.1) / old: DINOv2's own code (arXiv:2304.07193)
+  bicubic_offset      the same with the scale (new + 0.1) / old: the first DINOv2 (arXiv:2304.07193)
   bicubic_antialias   cubic with a = -0.5, widened when shrinking, renormalised at the edge: DINOv2
                       with registers (arXiv:2309.16588)
   bilinear_antialias  the same with a triangle: SigLIP 2 (arXiv:2502.14786, NaFlex)
