@@ -2,8 +2,8 @@
 
 The lite form has ReLU6 everywhere and a stem and a head that no scaling changes. An image becomes
 ceil(side / 32)^2 patches of 1280 channels: 7 x 7 of 224 x 224 pixels. Its published weights were
-trained in TensorFlow: `config.tower` for them is norm "frozen", norm_eps 1e-3, padding "tensorflow",
-mean 127 / 255 and std 128 / 255.
+trained in TensorFlow: `config.tower` for them is norm "frozen", norm_eps 1e-3, padding
+"tensorflow", mean 127 / 255 and std 128 / 255.
 """
 
 import itertools
