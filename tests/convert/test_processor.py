@@ -31,9 +31,11 @@ CASES = {
   "llava-1.5": ("LlavaImageProcessor", dict(
     do_pad=True, size={"shortest_edge": 84}, crop_size=84)),
 }
-# Grey levels that a value may be off, in the mean of a picture and at most. Measured: 0 on Pillow;
-# on torchvision at most 0.5 and 2.
-LIMITS = {"Pil": (1e-4, 1e-3), "": (1.0, 3.0)}
+# Grey levels that a value may be off, in the mean of a picture and at most, and the share of values
+# that may be off more. Measured: nothing on Pillow. On torchvision the mean is at most 0.3, and the
+# most 2 levels but for bicubic resizes to nearly the same size, whose 8-bit sums there are up to 8
+# levels from torch's own in floating point, in 0.2 % of a picture's values.
+LIMITS = {"Pil": (1e-4, 1e-3, 0.0), "": (1.0, 3.01, 2.5e-3)}
 
 
 def picture(width, height, mode="RGB"):
@@ -103,9 +105,8 @@ def our_values(config, data):
 
 
 def levels_off(ours, theirs, std):
-  """Mean and largest difference in grey levels."""
-  off = np.abs(ours - theirs) * np.array(std) * 255
-  return float(off.mean()), float(off.max())
+  """Differences in grey levels."""
+  return np.abs(ours - theirs) * np.array(std) * 255
 
 
 @pytest.mark.parametrize("backend", LIMITS)
@@ -113,17 +114,17 @@ def levels_off(ours, theirs, std):
 def test_pixels(case, backend):
   name, overrides = CASES[case]
   assert len(FILES) == 30
-  worst, config = [], None
+  (mean, most, share), config, worst = LIMITS[backend], None, []
   for label, data in FILES.items():
     theirs, made = their_values(name, backend, overrides, data)
     config = config or our_config(their_file(made))
     ours = our_values(config, data)
     assert ours.shape == theirs.shape, label
     off = levels_off(ours, theirs, config.tower.std)
-    assert all(a <= limit for a, limit in zip(off, LIMITS[backend], strict=True)), (label, off)
-    worst.append(off)
-  print(f"{case} {backend or 'torchvision'}: mean {max(w[0] for w in worst):.3f}, "
-        f"most {max(w[1] for w in worst):.2f}")
+    assert off.mean() <= mean and (off > most).mean() <= share and off.max() < 9, (label, off.max())
+    worst.append((off.mean(), off.max(), (off > most).mean()))
+  print(f"{case} {backend or 'torchvision'}: mean {{:.3f}}, most {{:.2f}}, share {{:.1e}}".format(
+    *np.max(worst, axis=0)))
 
 
 @pytest.mark.parametrize("case, field, value", [
@@ -137,7 +138,7 @@ def test_twins_are_seen(case, field, value):
   theirs, made = their_values(name, "Pil", overrides, data)
   config = our_config(their_file(made))
   config.data.decode[field] = value
-  assert levels_off(our_values(config, data), theirs, config.tower.std)[1] > 3
+  assert levels_off(our_values(config, data), theirs, config.tower.std).max() > 3
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3), (3, 1)])
@@ -152,7 +153,7 @@ def test_tiles_are_llava_nexts(grid):
                         ["pixel_values"])[0].transpose(0, 2, 3, 1)
     ours = (images.tiles(FILES[label], 56, grid, how) / 255 - mean) / std
     assert ours.shape == theirs.shape == (1 + rows * columns, 56, 56, 3)
-    assert levels_off(ours, theirs, std)[1] < 1e-3, label
+    assert levels_off(ours, theirs, std).max() < 1e-3, label
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,7 +169,7 @@ def test_written_files_say_the_same(case):
   data = FILES["100 x 150"]
   values = np.asarray(theirs(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"])[0]
   assert levels_off(our_values(config, data), values.transpose(1, 2, 0),
-                    config.tower.std)[1] < 1e-3
+                    config.tower.std).max() < 1e-3
 
 
 @pytest.mark.parametrize("theirs, fields", [

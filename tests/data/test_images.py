@@ -225,7 +225,8 @@ def test_draft_never_goes_below_the_target(fit, monkeypatch):
   for (draft, reduced), size in zip(made.items(), sizes, strict=True):
     whole = draft in (0, 7, 100)
     assert whole == (size == (640, 480)) and smallest(size) >= draft * 64 or draft == 100
-    assert (reduced == made[0]).all() if whole else 0 < np.abs(reduced - made[0]).max() < 6
+    most = 40 if fit == "pad" else 6  # the seam mixes border and other pixels
+    assert (reduced == made[0]).all() if whole else 0 < np.abs(reduced - made[0]).max() < most
     assert whole or smallest(size) < 2 * draft * 64 + 2, "could be smaller still"
   assert (images.decode(data, Decoding(draft=1)).shape) == (480, 640, 3)
 

@@ -8,8 +8,8 @@ CLIPImageProcessorFast, CLIPFeatureExtractor); they are three ways of `config.da
   pad          LLaVA-1.5: a square with the mean colour around, then resized
 
 Their processors on Pillow give the same pixels as ours. Those on torchvision (the default of
-transformers 5, the "Fast" of 4) resize 8-bit pixels in an arithmetic of their own, and are up to 3
-grey levels off.
+transformers 5, the "Fast" of 4) resize 8-bit pixels in an arithmetic of their own, which is up to 2
+grey levels off, and up to 8 in a few pixels of an image that had nearly the size before.
 """
 
 from collections.abc import Mapping

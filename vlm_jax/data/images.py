@@ -9,7 +9,8 @@ A file is opened, its size checked, decoded to RGB and fitted to the square that
       the same filters in floating point, rounded once at the end: what
       `torch.nn.functional.interpolate(antialias=True)` makes of float pixels. The sums agree to
       0.01 grey levels, so after rounding a pixel is equal or, rarely, one level off. Torch's path
-      for uint8 tensors is a third arithmetic, up to 3 levels from both; nothing here claims it.
+      for uint8 tensors is a third arithmetic, mostly up to 2 levels from both and, resizing to
+      nearly the same size, up to 8 in a few pixels; nothing here claims it.
 """
 
 import contextlib
