@@ -38,25 +38,25 @@ SIZES = ((1.0, re.compile("position|register")),
 COMMON = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH,
               layer_norm_eps=0.5)
 SIZED = dict(image_size=NATIVE, **COMMON)
-# Model, its config, how ours pools.
+# Model, its config.
 CASES = {
   "clip": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(
-    intermediate_size=40, hidden_act="quick_gelu", **SIZED), "tok"),
+    intermediate_size=40, hidden_act="quick_gelu", **SIZED)),
   "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(
-    intermediate_size=40, **SIZED), "map"),
+    intermediate_size=40, **SIZED)),
   "siglip2": (transformers.Siglip2VisionModel, transformers.Siglip2VisionConfig(
-    intermediate_size=40, num_patches=(NATIVE // PATCH) ** 2, **COMMON), "map"),
-  "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(mlp_ratio=2, **SIZED), "tok"),
+    intermediate_size=40, num_patches=(NATIVE // PATCH) ** 2, **COMMON)),
+  "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(mlp_ratio=2, **SIZED)),
   "swiglu": (transformers.Dinov2Model, transformers.Dinov2Config(
-    mlp_ratio=3, use_swiglu_ffn=True, **SIZED), "tok"),
+    mlp_ratio=3, use_swiglu_ffn=True, **SIZED)),
   "registers": (transformers.Dinov2WithRegistersModel, transformers.Dinov2WithRegistersConfig(
-    mlp_ratio=2, num_register_tokens=3, **SIZED), "tok"),
+    mlp_ratio=2, num_register_tokens=3, **SIZED)),
 }
 
 
 def their_model(name):
   """Every weight overwritten: N(0, 0.1^2), norms and scales around 1, some larger."""
-  kind, config, _ = CASES[name]
+  kind, config = CASES[name]
   torch.manual_seed(len(name))
   model = kind._from_config(config, attn_implementation="eager").eval()
   with torch.no_grad():
@@ -125,13 +125,13 @@ class Reference:
   """Theirs at both sizes, and ours read from its files."""
 
   def __init__(self, name, folder):
-    self.name, (_, self.theirs, self.pool) = name, CASES[name]
+    self.name, (_, self.theirs) = name, CASES[name]
     self.model = their_model(name)
     self.files = self.saved(folder / "theirs")
-    self.config = our_config(self.theirs, pool=self.pool)
+    self.config = our_config(self.theirs)
+    self.pool = self.config.tower.pool
     self.rows = rows_of(self.config)
-    rename = table.renamer(((r"^vision_model\.", ""),))
-    self.params = table.load(self.files, self.rows, rename)
+    self.fields, self.params = nodes.read_node(folder / "theirs", "towers")
     tower = self.config.tower
     self.tokens = int(tower.class_token) + tower.registers
     self.out = {}
@@ -152,7 +152,7 @@ class Reference:
   def at(self, side, **overrides):
     """Our config at a size, with positions learned at theirs."""
     sizes = dict(image_size=side, position_size=NATIVE)
-    return our_config(self.theirs, **dict(pool=self.pool) | sizes | overrides)
+    return our_config(self.theirs, **sizes | overrides)
 
 
 class Tensors(dict):
@@ -231,12 +231,15 @@ def test_features_and_gradients_at_another_size(reference, tmp_path):
 
 
 def test_files_come_back(reference):
+  assert reference.fields == nodes.read(reference.theirs.to_dict(), "towers")
   exported = {key: tensor.get() for key, tensor in table.export(reference.params,
                                                                 reference.rows).items()}
   rename = table.renamer(((r"^vision_model\.", ""),))
   assert set(exported) == {rename(key) for key in reference.files}
   for key, array in reference.files.items():
     np.testing.assert_array_equal(exported[rename(key)], array, err_msg=key)
+  assert nodes.read(dict(model_type="siglip_vision_model", vision_use_head=False),
+                    "towers")["pool"] == "none"
   # The node of config.json, also where positions are resized.
   for config in (reference.config, reference.at(LARGER)):
     node = nodes.write(config.tower, "towers")
@@ -317,7 +320,7 @@ def test_what_they_lack_is_named(name, change, sentence):
 
 
 def test_defaults_of_a_sparse_node_are_theirs():
-  for name, (_, theirs, _) in CASES.items():
+  for name, (_, theirs) in CASES.items():
     full = type(theirs)()
     tower = our_config(full).tower
     sparse = base.get_config().tower

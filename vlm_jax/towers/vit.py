@@ -118,21 +118,22 @@ FIELDS = (
 
 
 def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `config.tower` that their node says: all patches, behind the last norm.
+  """The fields of `config.tower` that their node says, with patches behind the last norm.
 
-  For what the whole published models pool, `pool` is then "tok" (CLIP) or "map" (SigLIP).
+  They pool as the published model alone does; a VLM that reads patches sets `pool` "none".
 
   Raises:
     UsageError: an activation that the model does not have.
   """
   family = FAMILIES[theirs["model_type"]]
+  head = "map" if theirs.get("vision_use_head", True) else "none"
   return hf.read(theirs, FIELDS) | {
     "patch": theirs.get("patch_size", family.patch),
     "norm_eps": theirs.get("layer_norm_eps", family.norm_eps),
     "activation": hf.activation(theirs, "hidden_act", family.activation),
     "class_token": family.class_token, "pre_norm": family.pre_norm,
     "patch_bias": family.patch_bias, "mean": family.mean, "std": family.std,
-    "post_norm": True, "pool": "none", "feature_layer": -1,
+    "post_norm": True, "pool": "tok" if family.class_token else head, "feature_layer": -1,
     "position_size": 0, "position_resize": "bicubic",
   }
 
