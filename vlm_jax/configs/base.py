@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
+      width=512,  # clip: width of the space that pictures and texts share
     )
   )
   config.tower = ConfigDict(
@@ -94,7 +95,12 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="silu",
       tie_embeddings=True,
       encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
-      positions=0,  # encoder_decoder: learned positions of a document on each side, 0: none
+      # Learned positions. encoder_decoder: of a document on each side, 0: none; text_tower: the
+      # length of every text.
+      positions=0,
+      attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
+      pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
+      eos=2,  # text_tower: the id that ends a text, for pool "eos"
       norm="rms",  # encoder_decoder: "layer" or "rms"
       feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
       linear_bias=False,  # encoder_decoder: biases in all linear layers

@@ -107,6 +107,16 @@ def image_fields(height: int, width: int) -> dict[str, Field]:
   }
 
 
+def text_fields(name: str, length: int) -> dict[str, Field]:
+  """The fields of a text of fixed length L per document, on the axis "documents"; see `Texts`."""
+  return {
+    f"documents/{name}/tokens": Field("documents", shape=(length,)),
+    f"documents/{name}/segment_ids": Field("documents", shift="documents", base=1),
+    f"documents/{name}/source_ids": Field("documents"),
+    f"documents/{name}/digests": Field("documents", shape=(2,)),
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class Slots:
   """A document written out slot by slot, T slots; what every concatenating fusion starts from.
