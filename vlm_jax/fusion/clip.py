@@ -50,6 +50,13 @@ GLOBAL = ("contrast",)
 TEXT = "captions"
 CEILING = math.log(100)  # of the learned log scale
 
+# What is neither tower's: ours, theirs, operation (vlm_jax/convert/table.py).
+KEYS = (
+  ("image_projection/kernel", "visual_projection.weight", "in"),
+  ("text_projection/kernel", "text_projection.weight", "in"),
+  ("logit_scale", "logit_scale", "copy"),
+)
+
 
 def axes(config: ConfigDict) -> dict[str, int]:
   """Capacities of a row: pictures, and as many documents."""

@@ -38,8 +38,16 @@ from vlm_jax.fusion.clip import (
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.ops.contrastive import sigmoid_losses
 
-__all__ = ["GLOBAL", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "rows",
-           "weights"]
+__all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses",
+           "rows", "weights"]
+
+# What is neither tower's: ours, theirs, operation (vlm_jax/convert/table.py).
+KEYS = (
+  ("text_projection/kernel", "text_model.head.weight", "in"),
+  ("text_projection/bias", "text_model.head.bias", "copy"),
+  ("logit_scale", "logit_scale", "flat"),  # theirs have an axis of one
+  ("logit_bias", "logit_bias", "flat"),
+)
 
 
 def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Array]:

@@ -10,11 +10,15 @@ OpenAI's files end a text with the largest id of their vocabulary and take the l
 look for the first end-of-text id, which also pads.
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
+from vlm_jax.core import hf
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
@@ -39,6 +43,76 @@ KEYS = (
   ("norm/scale", "final_layer_norm.weight", "copy"),
   ("norm/bias", "final_layer_norm.bias", "copy"),
 )
+
+
+class Family(NamedTuple):
+  """A published kind of text tower: what its config.json leaves out means, and how it reads."""
+
+  vocab_size: int
+  width: int
+  mlp: int
+  heads: int
+  positions: int
+  activation: str
+  norm_eps: float
+  attends: str
+  pool: str
+
+
+_SIGLIP = Family(32000, 768, 3072, 12, 64, "gelu_pytorch_tanh", 1e-6, "full", "last")
+FAMILIES = {
+  "clip_text_model": Family(49408, 512, 2048, 8, 77, "quick_gelu", 1e-5, "causal", "eos"),
+  "siglip_text_model": _SIGLIP,
+  "siglip2_text_model": _SIGLIP,
+}
+MODEL_TYPES = tuple(FAMILIES)
+EOS, LARGEST = 49407, 2  # CLIP's end of text; the wrong one in old files, which means pool "largest"
+NAMES = {"vocab_size": "vocab_size", "width": "hidden_size", "mlp": "intermediate_size",
+         "heads": "num_attention_heads", "positions": "max_position_embeddings",
+         "norm_eps": "layer_norm_eps"}
+
+
+def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of `config.llm` that their node says.
+
+  Raises:
+    UsageError: an activation that the model does not have.
+  """
+  family = FAMILIES[theirs["model_type"]]
+  fields = hf.read(theirs, [hf.Field(ours, name, getattr(family, ours))
+                            for ours, name in NAMES.items()])
+  fields |= {"depth": theirs.get("num_hidden_layers", 12), "kv_heads": fields["heads"],
+             "head_dim": 0, "activation": hf.activation(theirs, "hidden_act", family.activation),
+             "attends": family.attends, "pool": family.pool}
+  if family.pool == "eos":
+    fields["eos"] = theirs.get("eos_token_id", EOS)
+    fields["pool"] = "largest" if fields["eos"] == LARGEST else "eos"
+  return fields
+
+
+def write_hf(config: ConfigDict) -> dict[str, Any]:
+  """Their node of `config.llm`.
+
+  Raises:
+    UsageError: a text tower that no published kind is.
+  """
+  read = (config.attends, config.pool)
+  if read == ("causal", "eos") and config.eos == LARGEST:
+    raise UsageError(f"config.llm.eos is {LARGEST}, which a CLIP checkpoint cannot say: there it "
+                     "means the largest id; train with a tokenizer whose end of text is another id")
+  kinds = {("causal", "eos"): "clip_text_model", ("causal", "largest"): "clip_text_model",
+           ("full", "last"): "siglip_text_model"}
+  if read not in kinds:
+    raise UsageError(f"config.llm: attends and pool are {read}, neither CLIP's ('causal' with "
+                     "'eos' or 'largest') nor SigLIP's ('full' with 'last')")
+  eos = {"eos": config.eos, "largest": LARGEST}
+  return {
+    "model_type": kinds[read],
+    **{name: config[ours] for ours, name in NAMES.items()},
+    "num_hidden_layers": config.depth,
+    "hidden_act": hf.ACTIVATIONS[config.activation][0],
+    **({"eos_token_id": eos[config.pool]} if config.pool in eos else {}),
+  }
 
 
 def supports(mask: IntervalMask) -> str:
