@@ -189,6 +189,7 @@ def evaluation(**overrides) -> ConfigDict:
       images="real",  # "real", "none", "shuffled": what is shown with a question
       controls=("none", "shuffled"),  # asked again with these images, reported beside
       together=10,  # questions of a fan-out document in one row (unseen by each other)
+      templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all

@@ -165,7 +165,7 @@ def _processor(config: ConfigDict, kind: str) -> dict[str, Any]:
           else {"size": {"height": side, "width": side}, "do_center_crop": False})
   return {
     "image_processor_type": SYSTEMS[kind].processor, **size,
-    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True,
+    "do_resize": True, "resample": 2 if kind == "siglip2" else 3,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
     "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
   }

@@ -66,7 +66,8 @@ FAMILIES = {
   "siglip2_text_model": _SIGLIP,
 }
 MODEL_TYPES = tuple(FAMILIES)
-EOS, LARGEST = 49407, 2  # CLIP's end of text; the wrong one in old files, which means pool "largest"
+EOS = 49407  # of CLIP
+LARGEST = 2  # the wrong one that old files have: it means pool "largest"
 NAMES = {"vocab_size": "vocab_size", "width": "hidden_size", "mlp": "intermediate_size",
          "heads": "num_attention_heads", "positions": "max_position_embeddings",
          "norm_eps": "layer_norm_eps"}
