@@ -92,6 +92,11 @@ def streams_of(fields: Iterable[str]) -> list[str]:
   return [parts[1] for parts in found if parts[0] == "streams" and parts[2] == "tokens"]
 
 
+def owners_of(fields: Iterable[str]) -> list[str]:
+  """The paths of what has documents of known sources: "streams/text", "documents/captions"."""
+  return [path.removesuffix("/source_ids") for path in fields if path.endswith("/source_ids")]
+
+
 def mask_axes(fields: dict[str, Field]) -> dict[str, tuple[str, str]]:
   """Mask name to the axes of its queries and of its keys."""
   found = ((path.split("/"), field) for path, field in fields.items())
