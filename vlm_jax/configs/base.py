@@ -60,13 +60,19 @@ def get_config(arg: str = "") -> ConfigDict:
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # hidden state the connector reads: -1 last, -2 the one before (LLaVA)
       patch_bias=True,
+      position_size=0,  # image_size that the positions were learned at, 0: the same
+      position_resize="bicubic",  # how they become image_size's, see vlm_jax/ops/resize.py
+      registers=0,  # dinov2: learned tokens beside the class token, dropped with it
+      feed_forward="plain",  # dinov2: "plain" (an MLP) or "gated" (SwiGLU)
       pool="none",  # none (features of every patch, for VLMs), gap, tok, map
       mean=(0.5, 0.5, 0.5),  # pixels become (value / 255 - mean) / std per channel
       std=(0.5, 0.5, 0.5),
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
       depths=(3, 4, 23),  # resnet: blocks of every stage; its width is that of the first
-      norm="group",  # resnet: "group" from scratch, "frozen" for imported batch-norm statistics
+      # resnet, efficientnet_lite0: "group" from scratch, "frozen" for imported batch-norm statistics
+      norm="group",
+      padding="torch",  # efficientnet_lite0: "tensorflow" for weights that were trained there
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
     )
