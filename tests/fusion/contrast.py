@@ -17,7 +17,8 @@ END = t.VOCAB - 1
 def get_config(name: str, rows: int = 2) -> ConfigDict:
   """Towers of two layers and widths below 50; two sources, rows of four documents."""
   config = base.get_config()
-  config.fusion.update(name=name, objectives=ConfigDict({"contrast": 1.0}), width=20)
+  config.fusion.update(name=name, width=20)
+  config.fusion.objectives = ConfigDict({"contrast": 1.0})
   config.tower.update(image_size=t.SIDE, patch=4, width=24, depth=2, mlp=40, heads=3,
                       pool="gap" if name == "clip" else "map")
   config.llm.update(name="text_tower", vocab_size=t.VOCAB, width=32, depth=2, mlp=48, heads=4,

@@ -83,8 +83,9 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
 
   Returns:
     "documents" {source: in the step}, "tokens" {source: mean slots a document takes, images
-    included; a text of fixed length is one}, "fill" {axis: share}, "pairs" {mask: visible pairs inside the intervals},
-    "predicted": tokens with a loss; or a sentence that says why there is no data.
+    included; a text of fixed length is one}, "fill" {axis: share}, "pairs" {mask: visible pairs
+    inside the intervals}, "predicted": tokens with a loss; or a sentence that says why there is no
+    data.
   """
   import numpy as np
 

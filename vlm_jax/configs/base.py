@@ -44,6 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip: width of the space that pictures and texts share
+      bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
     )
   )
   config.tower = ConfigDict(

@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     kv_heads=3, unroll=3, positions=24, activation="quick_gelu")
   if "siglip" in words:
     config.fusion.name = "siglip"
+    config.fusion.bias = -5.5  # 256 pairs; published: -10 for 32,768
     config.tower.update(class_token=False, pre_norm=False, patch_bias=True, pool="map",
                         activation="gelu_tanh", norm_eps=1e-6)
     config.llm.update(attends="full", pool="last", activation="gelu_tanh", norm_eps=1e-6)

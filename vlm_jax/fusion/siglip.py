@@ -87,5 +87,5 @@ class Model(nn.Module):
       text = unit(project(text))
     learned = lambda name, value: parameter(
       self, name, initializers.constant(value), (), (), dtypes.param).astype(jnp.float32)
-    scale, bias = learned("logit_scale", math.log(10)), learned("logit_bias", -10.0)
+    scale, bias = learned("logit_scale", math.log(10)), learned("logit_bias", config.fusion.bias)
     return Embeddings(None if image is None else unit(image), text, jnp.exp(scale), bias)
