@@ -19,16 +19,22 @@ import pytest
 
 from tests.fusion import contrast as c
 from tests.fusion import testing as t
-from tests.train.test_step import run, worst
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.mesh import make_mesh
 from vlm_jax.core.tree import flatten
 from vlm_jax.fusion import clip
+from vlm_jax.ops.contrastive import Pairs, softmax_losses
+from vlm_jax.train import accumulate
+from vlm_jax.train import state as states
+from vlm_jax.train.optimizer import make_optimizer
+from vlm_jax.train.step import Numbers, make_step, place
 
 TOLERANCE = 2e-6
 LOUD = 100
+FAST = {"xla_backend_optimization_level": 0}  # compiling is all the time there is
 names = pytest.mark.parametrize("name", c.NAMES)
 
 
@@ -45,7 +51,7 @@ def compiled(name: str):
                                              module.weights(packed, config)))
     return jnp.sum(sums / jnp.maximum(weights, 1)), output
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
 
 
 @functools.cache
@@ -73,13 +79,13 @@ def test_packed_is_alone_and_others_do_not_change(name):  # 1, 2
       np.testing.assert_allclose(np.linalg.norm(got), 1, rtol=1e-5)
       assert not there or t.error(got, expected) < TOLERANCE
       # Twin: the embedding of another document.
-      others = [getattr(out, part)[place] for key, place in where.items() if key != layout.key]
+      others = [getattr(out, part)[at] for key, at in where.items() if key != layout.key]
       assert not there or min(t.error(other, expected) for other in others) > LOUD * TOLERANCE
   changed = [dataclasses.replace(docs[2], parts=c.documents(9)[2].parts) if i == 2 else document
              for i, document in enumerate(docs)]
   _, other, _ = outputs(name, c.pack(t.lay_out(changed, config), config)[0])
-  for key, place in where.items():
-    same = all(np.array_equal(getattr(out, part)[place], getattr(other, part)[place])
+  for key, at in where.items():
+    same = all(np.array_equal(getattr(out, part)[at], getattr(other, part)[at])
                for part in ("image", "text"))
     assert same == (key != docs[2].key)
 
@@ -140,28 +146,64 @@ def test_the_loss_is_that_of_all_pairs(name):
                                    .astype(np.int32)})[0] - mean) > LOUD * 1e-5
 
 
-@names
-def test_accumulation_is_one_big_batch(name):  # 7
-  config = c.get_config(name, rows=4)
+def first_step(config, module, parts: int) -> tuple[dict, Numbers]:
+  """What one step from noise reports, and the first moments, which are the gradient."""
+  config.train.accumulation = parts
+  mesh = make_mesh(config)
+  _, leaves = states.initializer(module, config)
+  optimizer = make_optimizer(config, module.STAGES, leaves)
+  abstract = states.abstract_state(leaves, optimizer.init, mesh)
+  params = jax.tree.map(jnp.array, t.noise_params(config))
+  state = states.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  shapes = states.abstract_batch(module, config, mesh)
+  step = make_step(config, module, optimizer, mesh, abstract).lower(abstract, shapes)
+  state, numbers = step.compile(FAST)(state, place(c.batch(config, 0), mesh))
+  moments = flatten(jax.device_get(state.opt_state[1].mu))
+  # Only rounding makes the gradient of a bias of keys.
+  return {path: leaf for path, leaf in moments.items() if not path.endswith(t.SILENT)}, numbers
+
+
+def test_accumulation_is_one_big_batch():  # 7
+  config = c.get_config("siglip", rows=4)
   config.optim.clip = 0.0
-  module, flats = find_fusion(config), [c.batch(config, 0)]
-  big, (numbers,) = run(config, flats, module)
-  config.train.accumulation = 2
-  small, (split,) = run(config, flats, module)
-  assert worst(quiet(small), quiet(big)) < 2e-5
+  config.tower.depth = config.llm.depth = 1
+  module = find_fusion(config)
+  big, numbers = first_step(config, module, 1)
+  small, split = first_step(config, module, 2)
+  assert t.error(small, big) < 2e-5
   np.testing.assert_allclose(split.total, numbers.total, rtol=1e-6)
   np.testing.assert_allclose(split.losses["contrast"], numbers.losses["contrast"], rtol=1e-6)
   # Twin: the sum of what micro-batches lose by themselves.
   apart = type("Apart", (), {key: getattr(module, key) for key in dir(module)} | {"GLOBAL": ()})
-  alone, (wrong,) = run(config, flats, apart)
+  alone, wrong = first_step(config, apart, 2)
   assert abs(wrong.total - numbers.total) > LOUD * 2e-5 * numbers.total
-  assert worst(quiet(alone), quiet(big)) > LOUD * 2e-5
+  assert t.error(alone, big) > LOUD * 2e-5
 
 
-def quiet(state) -> dict:
-  """The first moments, which are the gradient, without biases of keys: only rounding makes them."""
-  moments = flatten(state.opt_state[1].mu)
-  return {path: leaf for path, leaf in moments.items() if not path.endswith(t.SILENT)}
+def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params, data = {"a": draw(5, 3), "scale": jnp.float32(1.3)}, (draw(12, 5), draw(12, 5))
+  embed = lambda params, micro: (*(clip.unit(x @ params["a"]) for x in micro), params["scale"] * 2)
+
+  def loss(output):
+    image, text, scale = output
+    every = jnp.ones(len(image), bool)
+    digests = jnp.stack([jnp.arange(len(image))] * 2, axis=-1)
+    losses = softmax_losses(Pairs(image, text, every, digests), scale)
+    return losses.sum(), losses.sum()
+
+  grad = jax.jit(jax.grad(lambda params, data: loss(embed(params, data))[0]),
+                 compiler_options=FAST)
+  expected = grad(params, data)
+  cut = lambda x: x.reshape(3, 4, *x.shape[1:])
+  join = lambda x: x.reshape(12, *x.shape[2:])
+  run = lambda params, micros: accumulate.cached(embed, loss, params, micros, 3, join, cut)
+  value, got = jax.jit(run, compiler_options=FAST)(params, jax.tree.map(cut, data))
+  assert value == pytest.approx(float(loss(embed(params, data))[0]), rel=1e-6)
+  assert t.error(got, expected) < 1e-5
+  parts = [grad(params, tuple(cut(x)[at] for x in data)) for at in range(3)]
+  assert t.error(jax.tree.map(lambda *leaves: sum(leaves), *parts), expected) > LOUD * 1e-5
 
 
 def test_eight_devices_are_one():  # 8
@@ -203,4 +245,4 @@ def test_towers_that_do_not_fit():
     for node, fields in change.items():
       config[node].update(fields)
     with pytest.raises(UsageError, match=sentence):
-      clip.Model(config).init(jax.random.key(0), from_flat(flat))
+      jax.eval_shape(clip.Model(config).init, jax.random.key(0), from_flat(flat))
