@@ -2,17 +2,17 @@
 
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from tests.evals.metrics.test_retrieval import slowly
 from tests.evals.tiny_source import CAPTIONS
 from tests.fusion import contrast as c
 from tests.fusion import testing as t
 from vlm_jax.configs import base
-from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
-from vlm_jax.evals import run
+from vlm_jax.evals import embed, run
 from vlm_jax.generate.prompts import layouts
 
 SOURCE = "tests.evals.tiny_source"
@@ -40,7 +40,7 @@ def by_hand(asked, documents) -> tuple[np.ndarray, np.ndarray]:
   config = config.copy_and_resolve_references()
   config.data.update(rows=1, images=len(encoded))
   flat, where = c.pack(layouts_of(config, encoded), config)
-  out = find_fusion(config).Model(config).apply({"params": params}, from_flat(flat))
+  out = embed.embeddings(FrozenConfigDict(config), params, flat)
   at = [where[one.key][1] for one in encoded]
   return np.asarray(out.image)[0, at], np.asarray(out.text)[0, at]
 
