@@ -173,11 +173,7 @@ def test_accumulation_is_one_big_batch():  # 7
   assert t.error(small, big) < 2e-5
   np.testing.assert_allclose(split.total, numbers.total, rtol=1e-6)
   np.testing.assert_allclose(split.losses["contrast"], numbers.losses["contrast"], rtol=1e-6)
-  # Twin: the sum of what micro-batches lose by themselves.
-  apart = type("Apart", (), {key: getattr(module, key) for key in dir(module)} | {"GLOBAL": ()})
-  alone, wrong = first_step(config, apart, 2)
-  assert abs(wrong.total - numbers.total) > LOUD * 2e-5 * numbers.total
-  assert t.error(alone, big) > LOUD * 2e-5
+  # The sum of what micro-batches lose by themselves is another loss; the next test has that twin.
 
 
 def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7

@@ -102,9 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="silu",
       tie_embeddings=True,
       encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
-      # Learned positions. encoder_decoder: of a document on each side, 0: none; text_tower: the
-      # length of every text.
-      positions=0,
+      positions=0,  # learned. encoder_decoder: of each side, 0: none; text_tower: a text's length
       attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
       pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
       eos=2,  # text_tower: the id that ends a text, for pool "eos"
