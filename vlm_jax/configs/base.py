@@ -71,8 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
       depths=(3, 4, 23),  # resnet: blocks of every stage; its width is that of the first
-      # resnet, efficientnet_lite0: "group" from scratch, "frozen" for imported batch-norm statistics
-      norm="group",
+      norm="group",  # convolutions: "group" from scratch, "frozen" for imported statistics
       padding="torch",  # efficientnet_lite0: "tensorflow" for weights that were trained there
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
@@ -142,9 +141,11 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
       max_aspect=200,  # so are images with a side this many times longer than the other
-      background=(255, 255, 255),  # under transparency and around letterboxed images, 0 to 255
+      background=(255, 255, 255),  # under transparency, 0 to 255
+      border=(255, 255, 255),  # around letterboxed and padded images
       draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
-      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox
+      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
+      shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
       kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
     )
   )

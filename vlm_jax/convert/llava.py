@@ -14,7 +14,7 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import nodes, safetensors_io, table
+from vlm_jax.convert import nodes, processor, safetensors_io, table
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import DataError, DiskError, UsageError
@@ -34,9 +34,7 @@ SPELLINGS = (
 # Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # constants that old files store
-# Their tower's node to the image processor that goes with it.
-PROCESSORS = {"clip_vision_model": "CLIPImageProcessor",
-              "siglip_vision_model": "SiglipImageProcessor"}
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
 def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
@@ -55,6 +53,8 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
+  if (pixels := Path(directory) / processor.FILE).exists():
+    _read_processor(safetensors_io.read_json(pixels), config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config)
 
@@ -96,6 +96,7 @@ def write(
   directory = Path(directory)
   dtype = np.dtype(params["llm"]["embed"]["embedding"].dtype)
   theirs = {**write_config(config, image_token), "dtype": dtype.name}
+  pixels = {"processor_class": "LlavaProcessor", **processor.write(config)}
   tensors = table.export(params, entries(config))
   for name, value in zip(UNREAD, (1, 0), strict=True):
     filler = np.full(config.tower.width, value, dtype)
@@ -107,7 +108,7 @@ def write(
   except OSError as error:
     raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
   safetensors_io.write(directory, tensors, shard_bytes)
-  safetensors_io.write_json(directory / "preprocessor_config.json", _processor(config))
+  safetensors_io.write_json(directory / processor.FILE, pixels)
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
@@ -142,7 +143,7 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
   config.llm.update(nodes.read(text, "llm", "llama"))
   if "tie_word_embeddings" in theirs:
     config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
-  _processor_type(vision.get("model_type", "clip_vision_model"))
+  _check_tower(vision.get("model_type", "clip_vision_model"))
   config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
   config.tower.post_norm = False
   if vision.get("vision_use_head"):
@@ -190,6 +191,11 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     raise UsageError(f"config.connector.hidden is {config.connector.hidden}; in a LLaVA checkpoint "
                      f"it is the language model's width, {config.llm.width}")
   tower = config.tower
+  vision = nodes.write(tower, "towers")
+  _check_tower(vision["model_type"])
+  if vision["image_size"] != tower.image_size:
+    raise UsageError(f"config.tower.position_size is {tower.position_size}; in a LLaVA checkpoint "
+                     f"it is image_size, {tower.image_size}, for positions are not resized there")
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
@@ -202,25 +208,21 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     "tie_word_embeddings": config.llm.tie_embeddings,
     "text_config": nodes.write(config.llm, "llm") | {
       "max_position_embeddings": config.data.tokens},
-    "vision_config": nodes.write(tower, "towers"),
+    "vision_config": vision,
   }
 
 
-def _processor_type(kind: str) -> str:
-  """The image processor that goes with their tower's model_type."""
-  if kind not in PROCESSORS:
+def _check_tower(kind: str) -> None:
+  if kind not in TOWER_TYPES:
     raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
-                     f"are {', '.join(PROCESSORS)}")
-  return PROCESSORS[kind]
+                     f"are {', '.join(TOWER_TYPES)}")
 
 
-def _processor(config: ConfigDict) -> dict:
-  """Their preprocessor_config.json: the same resize and pixel scaling."""
-  side, kind = config.tower.image_size, nodes.write(config.tower, "towers")["model_type"]
-  return {
-    "processor_class": "LlavaProcessor", "image_processor_type": _processor_type(kind),
-    "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
-    "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
-  }
+def _read_processor(theirs: dict, config: ConfigDict) -> None:
+  """Sets how their preprocessor_config.json makes pixels of an image."""
+  tower, decode = processor.read(theirs)
+  if tower["image_size"] != config.tower.image_size:
+    raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
+                     f"tower sees {config.tower.image_size}; they are not of one checkpoint")
+  config.tower.update(tower)
+  config.data.decode.update(decode)
