@@ -202,11 +202,15 @@ def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
   assert t.error(jax.tree.map(lambda *leaves: sum(leaves), *parts), expected) > LOUD * 1e-5
 
 
-def test_eight_devices_are_one():  # 8
+@pytest.mark.parametrize(
+  "meshes, oks", [((), 2), pytest.param(("--all",), 4, marks=pytest.mark.long)], ids=["one", "all"]
+)
+def test_eight_devices_are_one(meshes, oks):  # 8
   script = Path(__file__).with_name("contrast_devices.py")
-  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500)
+  command = [sys.executable, str(script), *meshes]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stdout + done.stderr
-  assert done.stdout.count("ok") == 4, done.stdout
+  assert done.stdout.count("ok") == oks, done.stdout
 
 
 @names
