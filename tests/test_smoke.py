@@ -51,3 +51,25 @@ def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
                    "--prompt=what shape is this?", "--json", "--max-tokens=4"]) == 0
   answer = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
   assert isinstance(answer["text"], str)
+
+
+def test_contrastive(root, tmp_path, capsys):
+  """Pairs of pictures and texts: trained in two micro-batches, evaluated; nothing can be said."""
+  workdir = tmp_path / "run"
+  train = ["train", "--config=configs/contrastive.py:siglip,debug", f"--workdir={workdir}",
+           f"--config.data.root={root}"]
+  assert cli.main(["plan", *train[1:2], *train[3:]]) == 0
+  assert "documents/captions/tokens" in capsys.readouterr().out
+  assert cli.main(train) == 0
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert len(losses) >= 3 and np.isfinite(losses).all()
+  assert rows[0]["texts/captions"] == rows[0]["images/images"] == 32
+  assert cli.main(["data", "inspect", *train[1:2], *train[3:], "--steps=1"]) == 0
+  capsys.readouterr()
+  assert cli.main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out.splitlines()[-1])["evals"]
+  assert set(results) == {"find", "openmoji", "shapes"} and results["find"]["pictures"] == 16
+  assert cli.main(["generate", f"--workdir={workdir}", "--prompt=what is it?"]) == 2
+  assert "says nothing" in capsys.readouterr().err
+  assert cli.main(["report", f"--workdir={workdir}"]) == 0

@@ -105,6 +105,8 @@ def fill(config: ConfigDict, path: str) -> list[str]:
       for name in node:
         visit(node[name], models[prefix], f"{prefix}.{name}")
       return
+    if prefix == "fusion.objectives":
+      return  # the strategy names them, and training has refused what is none
     for name, default in model.items():
       field = f"{prefix}.{name}" if prefix else name
       if name in node:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.fusion import contrast
 from tests.fusion import testing as t
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
@@ -61,7 +62,8 @@ def made():
 def test_every_strategy_is_tested():
   folder = Path(find_fusion(t.get_config("concat")).__file__).parent
   files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
-  assert files == {name for name, _, _ in t.VARIANTS}
+  # Those that embed keep the promises that apply to them in test_contrast.py.
+  assert files == {name for name, _, _ in t.VARIANTS} | set(contrast.NAMES)
 
 
 # 1. Packed logits are those of each document alone.

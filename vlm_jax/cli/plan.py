@@ -83,13 +83,14 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
 
   Returns:
     "documents" {source: in the step}, "tokens" {source: mean slots a document takes, images
-    included}, "fill" {axis: share}, "pairs" {mask: visible pairs inside the intervals},
-    "predicted": tokens with a loss; or a sentence that says why there is no data.
+    included; a text of fixed length is one}, "fill" {axis: share}, "pairs" {mask: visible pairs
+    inside the intervals}, "predicted": tokens with a loss; or a sentence that says why there is no
+    data.
   """
   import numpy as np
 
   from vlm_jax.core.errors import DataError
-  from vlm_jax.core.layout import streams_of
+  from vlm_jax.core.layout import owners_of
   from vlm_jax.data import pipeline
 
   try:
@@ -100,7 +101,7 @@ def measure(config: ConfigDict) -> dict[str, Any] | str:
     return f"not measured: {error}"
   tokens = {}
   ids = lambda field: np.concatenate([
-    batch[f"streams/{stream}/{field}"] for stream in streams_of(batch)], axis=1)
+    batch[f"{path}/{field}"] for path in owners_of(batch)], axis=1)
   segments, sources = ids("segment_ids"), ids("source_ids")
   for index, name in enumerate(sorted(config.data.sources)):
     mine = (segments > 0) & (sources == index)

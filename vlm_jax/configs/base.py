@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
+      width=512,  # clip: width of the space that pictures and texts share
+      bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
     )
   )
   config.tower = ConfigDict(
@@ -188,7 +190,10 @@ def _llm() -> ConfigDict:
       global_every=1,  # gemma: every n-th layer is global, the others are local
       local_theta=0.0,  # gemma: rope_theta of local layers, which are not scaled; 0: as the others
       encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
-      positions=0,  # encoder_decoder: learned positions of a document on each side, 0: none
+      positions=0,  # learned. encoder_decoder: of each side, 0: none; text_tower: a text's length
+      attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
+      pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
+      eos=2,  # text_tower: the id that ends a text, for pool "eos"
       norm="rms",  # encoder_decoder: "layer" or "rms"
       feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
       linear_bias=False,  # encoder_decoder: biases in all linear layers
@@ -209,6 +214,7 @@ def evaluation(**overrides) -> ConfigDict:
       images="real",  # "real", "none", "shuffled": what is shown with a question
       controls=("none", "shuffled"),  # asked again with these images, reported beside
       together=10,  # questions of a fan-out document in one row (unseen by each other)
+      templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all

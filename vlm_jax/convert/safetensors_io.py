@@ -129,7 +129,7 @@ def write(
     f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
   ]
   for name, keys in zip(names, shards, strict=True):
-    arrays = {key: np.ascontiguousarray(tensors[key].get()) for key in keys}
+    arrays = {key: np.require(tensors[key].get(), requirements="C") for key in keys}
     _replace(directory / name, lambda path, arrays=arrays: save_file(
       arrays, path, metadata={"format": "pt"}))
   if len(shards) > 1:

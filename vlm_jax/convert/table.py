@@ -179,7 +179,7 @@ def load(
   for entry in table:
     array = entry.op.load(source[spelled[entry.key]], entry.shape)
     if entry.layer is None:
-      flat[entry.path] = np.ascontiguousarray(array)
+      flat[entry.path] = np.require(array, requirements="C")  # ascontiguousarray has no scalars
       continue
     if entry.path not in flat:
       flat[entry.path] = np.empty((layers[entry.path], *entry.shape), array.dtype)

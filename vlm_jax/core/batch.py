@@ -46,12 +46,31 @@ class Media:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Texts:
+  """A text of fixed length for each of the M documents of a row, where documents are compared.
+
+  Attributes:
+    tokens: i32[B,M,L], 0 behind the end of a text.
+    segment_ids: i32[B,M], 1.. per document of the row, 0 where there is no text.
+    source_ids: i32[B,M], index of the data source.
+    digests: i32[B,M,2], of the tokens: texts are equal where these are.
+  """
+
+  tokens: Array
+  segment_ids: Array
+  source_ids: Array
+  digests: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
-  """Streams, media and masks by name."""
+  """Streams, media and masks by name, and what is one per document."""
 
   streams: dict[str, Stream]
   media: dict[str, Media]
   masks: dict[str, IntervalMask]
+  documents: dict[str, Texts] = dataclasses.field(default_factory=dict)
 
 
 def from_flat(flat: dict[str, Array]) -> Batch:
@@ -62,6 +81,7 @@ def from_flat(flat: dict[str, Array]) -> Batch:
     streams=make(Stream, tree.get("streams", {})),
     media=make(Media, tree.get("media", {})),
     masks=make(IntervalMask, tree.get("masks", {})),
+    documents=make(Texts, tree.get("documents", {})),
   )
 
 

@@ -73,6 +73,23 @@ class Output:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Embeddings:
+  """What a fusion returns that only compares pictures with texts.
+
+  Attributes:
+    image: f32[B,M,E] of unit length, one per picture; None without pictures in the batch.
+    text: f32[B,M,E] of unit length, one per document; None without texts in the batch.
+    scale, bias: f32[], the logit of a pair is scale * image . text + bias; bias None: 0.
+  """
+
+  image: Array | None
+  text: Array | None
+  scale: Array
+  bias: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Features:
   """What a tower returns: patches f[B,N,P,D] in reading order, pooled f[B,N,D] or None."""
 
@@ -97,7 +114,10 @@ class Stage:
 class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
-  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add.
+  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add, and
+  in GLOBAL the objectives that compare documents of the whole batch: they have no meaning for a
+  part of it, so they accumulate over cached outputs (`train/accumulate.py`). A strategy whose Model
+  returns `Embeddings` says nothing: its STREAM is "".
   """
 
   Model: type

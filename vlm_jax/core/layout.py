@@ -92,6 +92,11 @@ def streams_of(fields: Iterable[str]) -> list[str]:
   return [parts[1] for parts in found if parts[0] == "streams" and parts[2] == "tokens"]
 
 
+def owners_of(fields: Iterable[str]) -> list[str]:
+  """The paths of what has documents of known sources: "streams/text", "documents/captions"."""
+  return [path.removesuffix("/source_ids") for path in fields if path.endswith("/source_ids")]
+
+
 def mask_axes(fields: dict[str, Field]) -> dict[str, tuple[str, str]]:
   """Mask name to the axes of its queries and of its keys."""
   found = ((path.split("/"), field) for path, field in fields.items())
@@ -104,6 +109,16 @@ def image_fields(height: int, width: int) -> dict[str, Field]:
   return {
     "media/images/values": Field("images", dtype="uint8", shape=(height, width, 3)),
     "media/images/segment_ids": Field("images", shift="documents", base=1),
+  }
+
+
+def text_fields(name: str, length: int) -> dict[str, Field]:
+  """The fields of a text of fixed length L per document, on the axis "documents"; see `Texts`."""
+  return {
+    f"documents/{name}/tokens": Field("documents", shape=(length,)),
+    f"documents/{name}/segment_ids": Field("documents", shift="documents", base=1),
+    f"documents/{name}/source_ids": Field("documents"),
+    f"documents/{name}/digests": Field("documents", shape=(2,)),
   }
 
 

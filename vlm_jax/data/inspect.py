@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import mask_axes, streams_of
+from vlm_jax.core.layout import mask_axes, owners_of, streams_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def summary(config: ConfigDict, batches: list[Flat], infos: list[dict]) -> list[
   for batch in batches:
     for row, number in _documents(batch):
       slots = _slots(batch, row, number)
-      sources = [batch[f"streams/{stream}/source_ids"][row][mine] for stream, mine in slots.items()]
+      sources = [batch[f"{path}/source_ids"][row][mine] for path, mine in slots.items()]
       name = names[np.concatenate(sources)[0]]
       tokens[name].append(sum(map(len, slots.values())))
       if "media/images/segment_ids" in batch:
@@ -88,14 +88,14 @@ def summary(config: ConfigDict, batches: list[Flat], infos: list[dict]) -> list[
 
 def _documents(batch: Flat) -> list[tuple[int, int]]:
   """(row, number in the row) of every document."""
-  ids = np.concatenate([batch[f"streams/{name}/segment_ids"] for name in streams_of(batch)], axis=1)
+  ids = np.concatenate([batch[f"{path}/segment_ids"] for path in owners_of(batch)], axis=1)
   return [(row, int(n)) for row in range(len(ids)) for n in np.unique(ids[row]) if n]
 
 
 def _slots(batch: Flat, row: int, number: int) -> dict[str, np.ndarray]:
-  """Stream name to the slots of a document."""
-  return {name: np.flatnonzero(batch[f"streams/{name}/segment_ids"][row] == number)
-          for name in streams_of(batch)}
+  """Path of a stream, or of texts of fixed length, to the slots of a document."""
+  return {path: np.flatnonzero(batch[f"{path}/segment_ids"][row] == number)
+          for path in owners_of(batch)}
 
 
 def histogram(values: list[int], bins: int = 8) -> list[str]:
@@ -119,14 +119,18 @@ def show(config: ConfigDict, batch: Flat, examples: int) -> list[str]:
   tokenizer = pipeline.load_tokenizer(config)
   lines = []
   for row, number in _documents(batch)[:examples]:
-    parts = [written(batch, stream, row, slots, tokenizer)
-             for stream, slots in _slots(batch, row, number).items()]
+    parts = [written(batch, path, row, slots, tokenizer)
+             for path, slots in _slots(batch, row, number).items()]
     lines += [f"row {row}, document {number}:", "  " + " | ".join(parts)]
   return lines
 
 
-def written(batch: Flat, stream: str, row: int, slots: np.ndarray, tokenizer: Tokenizer) -> str:
+def written(batch: Flat, path: str, row: int, slots: np.ndarray, tokenizer: Tokenizer) -> str:
   """The text of some slots of a row; a token is in [[ ]] when the slot before it predicts it."""
+  kind, stream = path.split("/")
+  if kind == "documents":  # texts of fixed length, padded with 0
+    texts = batch[f"{path}/tokens"][row, slots]
+    return "".join(tokenizer.decode(text[text > 0], specials=True) for text in texts)
   tokens, fill = batch[f"streams/{stream}/tokens"][row], batch[f"streams/{stream}/fill"][row]
   runs: list[tuple[str, list[int]]] = []
   kinds = kinds_of(batch, stream, row)
@@ -162,8 +166,14 @@ def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
 
   A dark pixel at (i, j) says that slot i sees slot j. Masks stand side by side in the order of the
   batch, rows of the batch too; a legend stands below.
+
+  Raises:
+    UsageError: the strategy has no mask.
   """
   masks = from_flat(batch).masks
+  if not masks:
+    raise UsageError(f"config.fusion.name '{config.fusion.name}' has no packed stream and no mask "
+                     "to draw; leave the picture out")
   axes = mask_axes(find_fusion(config).fields(config))
   rows = min(rows, len(next(iter(masks.values())).lo))
   strip, gap, legend = 12, 16, 24

@@ -31,8 +31,16 @@ class Prompts:
 
 
 def layouts(encoded: Sequence[Encoded], config: ConfigDict) -> list[Layout]:
-  """Lays prompts out. A prompt has nothing to draw: its generator is the same for all."""
+  """Lays prompts out. A prompt has nothing to draw: its generator is the same for all.
+
+  Raises:
+    UsageError: the strategy says nothing, or as its `layout`.
+  """
   module = find_fusion(config)
+  if not module.STREAM:
+    raise UsageError(f"config.fusion.name '{config.fusion.name}' compares pictures with texts and "
+                     "says nothing; ask it by `vlm-jax evaluate` with kind 'zero_shot' or "
+                     "'retrieval'")
   return [module.layout(document, config, np.random.default_rng(0)) for document in encoded]
 
 

@@ -119,8 +119,8 @@ class Work:
 
   def __init__(self, config: ConfigDict, leaves: dict[str, Leaf], shapes: dict[str, Any]):
     """Reads the parameters and the flat batch from their shapes; `slots` are those of a step."""
-    kinds = {"streams": "tokens", "media": "images"}
-    self.slots = {}  # "tokens/<stream>" and "images/<media>" to slots
+    kinds = {"streams": "tokens", "media": "images", "documents": "texts"}
+    self.slots = {}  # "tokens/<stream>", "images/<media>" and "texts/<documents>" to slots
     for path, shape in shapes.items():
       kind, name, field = path.split("/", 2)
       if field == "segment_ids":
@@ -141,6 +141,9 @@ class Work:
       elif not path.endswith(("embed/embedding", "head/kernel", "positions", "table")):
         for stream in _streams_of(path, streams):
           self._cost[f"tokens/{stream}"] += size
+        for name in self.slots:
+          if name.startswith("texts/") and top == "llm":  # on every token, padding included
+            self._cost[name] += size * shapes[f"documents/{name[6:]}/tokens"].shape[-1]
     self._predict = 6 * config.llm.width * config.llm.vocab_size
     head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
     self._pair = 3 * 4 * head_dim * config.llm.heads

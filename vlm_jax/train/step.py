@@ -3,7 +3,8 @@
   total = sum over objectives o and sources s of lambda_o * lambda_s * sum[o,s] / weight[o,s]
 
 The weights come from the whole batch before the backward pass, so micro-batches simply add up: a
-step split into any number of them has the loss and the gradient of the big batch.
+step split into any number of them has the loss and the gradient of the big batch. So has one whose
+objectives compare documents of the whole batch, by another way (`train/accumulate.py`).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Fusion
 from vlm_jax.core.typing import Array, Params
+from vlm_jax.train import accumulate
 from vlm_jax.train.optimizer import Optimizer
 from vlm_jax.train.state import State, merge
 
@@ -36,7 +38,8 @@ class Numbers:
     weights: objective to f32[sources].
     grad_norm: f32[], before clipping, trainable parameters only.
     lr: f32[].
-    used: "tokens/<stream>", "images/<media>" to f32[], slots that are not padding.
+    used: "tokens/<stream>", "images/<media>", "texts/<documents>" to f32[], slots that are not
+      padding.
     pairs: mask name to f32[], query-key pairs inside the intervals: exact without classes, an upper
       bound with them.
   """
@@ -60,11 +63,16 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   model = module.Model(config)
   parts = config.train.accumulation
 
-  def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
-    output = model.apply({"params": merge(params, moved)}, batch, rng=rng)
+  def run(moved: Params, params: Params, batch: Batch, rng: Array):
+    return model.apply({"params": merge(params, moved)}, batch, rng=rng)
+
+  def total(output, batch: Batch, scale: dict):
     with jax.named_scope("loss"):
       sums = module.losses(output, batch, config)
     return sum(jnp.sum(scale[name] * sums[name]) for name in scale), {n: sums[n] for n in scale}
+
+  def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
+    return total(run(moved, params, batch, rng), batch, scale)
 
   def step(state: State, flat: dict[str, Array]) -> tuple[State, Numbers]:
     batch = from_flat(flat)
@@ -84,8 +92,15 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
       (_, sums), grads = value_and_grad(moved, state.params, batch, scale, rng)
     else:
       zeros = jax.tree.map(jnp.zeros_like, (scale, moved))
-      micros = {path: _split(array, parts, mesh) for path, array in flat.items()}
-      (sums, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), micros))
+      micros = jnp.arange(parts), {path: _split(array, parts, mesh) for path, array in flat.items()}
+      if scale.keys() & getattr(module, "GLOBAL", ()):
+        sums, grads = accumulate.cached(
+          lambda moved, micro: run(moved, state.params, from_flat(micro[1]),
+                                   jax.random.fold_in(rng, micro[0])),
+          lambda output: total(output, batch, scale), moved, micros, parts,
+          lambda array: _join(array, mesh), lambda array: _split(array, parts, mesh))
+      else:
+        (sums, grads), _ = jax.lax.scan(add, zeros, micros)
 
     with jax.named_scope("optimizer"):
       grads = optimizer.mask(grads)
@@ -142,7 +157,14 @@ def _split(array: Array, parts: int, mesh: Mesh) -> Array:
   return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
+def _join(array: Array, mesh: Mesh) -> Array:
+  """[parts, B / parts, ...] to [B, ...], the inverse of `_split`."""
+  array = array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
+  return jax.lax.with_sharding_constraint(array, mesh_lib.row_sharding(mesh))
+
+
 def _used(batch: Batch) -> dict[str, Array]:
   count = lambda ids: jnp.sum((ids > 0).astype(jnp.float32))
   used = {f"tokens/{name}": count(stream.segment_ids) for name, stream in batch.streams.items()}
+  used |= {f"texts/{name}": count(texts.segment_ids) for name, texts in batch.documents.items()}
   return used | {f"images/{name}": count(media.segment_ids) for name, media in batch.media.items()}

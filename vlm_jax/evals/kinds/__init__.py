@@ -11,13 +11,17 @@ and one of the two, or both:
            for answers in words, of the model or read from a file; rows are those of `asking.ask`
     run(config, params, entry, split) -> (numbers, predictions)
            when questions are not simply asked and their answers scored, see `asking.run`
+
+    ASKS   whom it can ask: "speakers", strategies that predict words (left out: these alone), and
+           "embedders", strategies that only compare pictures with texts (their STREAM is "")
 """
 
 from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
 
-from vlm_jax.core.fusion import find
+from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find, find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.evals import asking
 
@@ -37,7 +41,18 @@ def find_kind(name: str, outside: bool = True) -> Kind:
 
 def measure(kind: Any, config: ConfigDict, params: Params, entry: ConfigDict, split: str
             ) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-  """Measures one source: numbers, and rows of predictions by control ("": no control)."""
+  """Measures one source: numbers, and rows of predictions by control ("": no control).
+
+  Raises:
+    UsageError: the kind cannot ask this strategy; and as its `run` or `score`.
+  """
+  asked = "speakers" if find_fusion(config).STREAM else "embedders"
+  if asked not in (asks := getattr(kind, "ASKS", ("speakers",))):
+    name = kind.__name__.rpartition(".")[2]
+    raise UsageError(f"config.evals: kind '{name}' asks {asks[0]}, but config.fusion.name "
+                     f"'{config.fusion.name}' is one of the {asked}; use kind "
+                     + ("'zero_shot' or 'retrieval'" if asked == "embedders"
+                        else "'vqa', 'choice' or 'retrieval'"))
   if hasattr(kind, "run"):
     return kind.run(config, params, entry, split)
   return asking.run(config, params, entry, split, kind.score)

@@ -1,15 +1,16 @@
-"""Retrieval by likelihood: every caption of a split is scored behind every picture of it.
+"""Retrieval: every caption of a split is scored with every picture of it.
 
-For models without one embedding of a picture and of a text. Log p(text | picture) ranks pictures
-for a text as it is. Texts of one picture are ranked by how much it raises their probability above
-the mean over all pictures,
+Strategies that embed pictures and texts (CLIP, SigLIP) rank by the cosine, both ways.
+
+Others are asked for a likelihood. Log p(text | picture) ranks pictures for a text as it is. Texts
+of one picture are ranked by how much it raises their probability above the mean over all pictures,
 
     log p(text | picture) - log mean over pictures of p(text | picture),
 
 since a frequent text is probable behind any picture (arXiv:2306.01879, section 3, with alpha = 1);
 "image_to_text_raw" leaves the mean out.
 
-The cost is a forward pass for every pair: a hundred pictures of five captions are 50,000. With the
+Its cost is a forward pass for every pair: a hundred pictures of five captions are 50,000. With the
 source's form "fan_out", `together` captions share a row and its picture. Use `limit`.
 """
 
@@ -21,14 +22,17 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
+from vlm_jax.evals import embed
 from vlm_jax.evals.likelihood import of_branches
 from vlm_jax.evals.metrics.retrieval import recall_at, strangers
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
 
 MAIN, UNIT = "text_to_image@1", "captions"
-PAIRS = 1_000_000  # more are refused: days on one device
+ASKS = ("speakers", "embedders")
+PAIRS = 1_000_000  # more likelihoods are refused: days on one device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +63,12 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     split: which split is read.
 
   Returns:
-    The numbers {"text_to_image@K", "image_to_text@K", "image_to_text_raw@K" for K in 1, 5, 10,
-    "low", "high", "chance", "pictures", "captions", "pairs", "bad", "seconds", "controls"}: low and
-    high are of text_to_image@1, chance is what a blind guess gets there. The predictions have
-    {"key", "document", "question": the caption, "answers": [its picture], "prediction": the picture
-    found, "rank": from 1, "log_prob": with its own picture, "score"}.
+    The numbers {"text_to_image@K", "image_to_text@K", "image_to_text_raw@K" (of likelihoods) for K
+    in 1, 5, 10, "low", "high", "chance", "pictures", "captions", "pairs", "bad", "seconds",
+    "controls"}: low and high are of text_to_image@1, chance is what a blind guess gets there. The
+    predictions have {"key", "document", "question": the caption, "answers": [its picture],
+    "prediction": the picture found, "rank": from 1, "score"}, and with its own picture "log_prob",
+    or "cosine" of embeddings.
 
   Raises:
     UsageError: a field of the entry that cannot be, no pictures to rank, or too many pairs.
@@ -74,17 +79,28 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     raise UsageError("config.evals: retrieval ranks pictures, so images and controls cannot be "
                      "'none'; set controls=('shuffled',)")
 
+  embeds = not find_fusion(config).STREAM
+
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
     opened = Split(config, entry, split, images)
-    found = read(opened)
-    scores = similarity(config, params, found, entry)
-    return *summary(found, scores, config.seed), opened.bad
+    found = read(opened, None if embeds else PAIRS)
+    if embeds:
+      scores = cosines(config, params, found, entry)
+      numbers, rows = _summary(found, scores, config.seed, "cosine")
+      numbers = recall_at(scores, found.owners) | numbers
+    else:
+      numbers, rows = summary(found, similarity(config, params, found, entry), config.seed)
+    return numbers, rows, opened.bad
 
   return with_controls(entry, measure)
 
 
-def read(opened: Split) -> Candidates:
+def read(opened: Split, most: int | None = None) -> Candidates:
   """The pictures and captions of a split.
+
+  Args:
+    opened: the split.
+    most: pairs that may be scored, None: any number.
 
   Raises:
     UsageError: fewer than two pictures, a document without one, or too many pairs.
@@ -106,10 +122,11 @@ def read(opened: Split) -> Candidates:
       owners.append(list(pictures).index(record))
   if not captions:
     raise opened.nothing("caption")
-  if len(pictures) < 2 or len(pictures) * len(captions) > PAIRS:
+  if len(pictures) < 2 or most is not None and len(pictures) * len(captions) > most:
     raise UsageError(f"config.evals: retrieval among {len(pictures):,} pictures and "
-                     f"{len(captions):,} captions scores every pair; choose 2 pictures or more and "
-                     f"at most {PAIRS:,} pairs with limit, which counts documents")
+                     f"{len(captions):,} captions scores every pair; choose 2 pictures or more"
+                     + (f" and at most {most:,} pairs" if most else "")
+                     + " with limit, which counts documents")
   return Candidates(list(pictures.items()), captions, np.array(owners), source)
 
 
@@ -147,20 +164,37 @@ def similarity(config: ConfigDict, params: Params, found: Candidates, entry: Con
   return out
 
 
+def cosines(config: ConfigDict, params: Params, found: Candidates, entry: ConfigDict) -> np.ndarray:
+  """f32[pictures, captions] of embeddings; whatever stands before a caption is not read."""
+  shown = [Encoded(tuple(part for part in trunk if isinstance(part, Pixels)), found.source, key)
+           for key, trunk in found.pictures]
+  told = [Encoded(tuple(dataclasses.replace(part, branch=0) for part in parts), found.source, key)
+          for key, _, parts in found.captions]
+  return (embed.images(config, params, shown, entry.batch)
+          @ embed.texts(config, params, told, entry.batch).T)
+
+
 def summary(found: Candidates, scores: np.ndarray, seed: int) -> tuple[dict[str, Any], list[dict]]:
   """Numbers and rows of log p f64[pictures, captions]."""
-  names = [key for key, _ in found.pictures]
-  _, before = strangers(scores, found.owners)
-  rows = [{"key": key, "document": names[owner], "question": text, "answers": [names[owner]],
-           "prediction": names[int(scores[:, column].argmax())], "rank": int(before[column]) + 1,
-           "log_prob": float(scores[owner, column]), "score": float(before[column] == 0)}
-          for column, ((key, text, _), owner) in enumerate(
-            zip(found.captions, found.owners, strict=True))]
   mean = np.logaddexp.reduce(scores, axis=0) - np.log(len(scores))
   raised, raw = recall_at(scores - mean, found.owners), recall_at(scores, found.owners)
   numbers = {name.replace("image_to_text", "image_to_text_raw"): value
              for name, value in raw.items()}
   numbers |= {name: value for name, value in raised.items() if name.startswith("image_to_text")}
+  more, rows = _summary(found, scores, seed, "log_prob")
+  return numbers | more, rows
+
+
+def _summary(found: Candidates, scores: np.ndarray, seed: int, what: str
+             ) -> tuple[dict[str, Any], list[dict]]:
+  """The numbers that do not depend on what ranks texts, and rows; `what` the scores are."""
+  names = [key for key, _ in found.pictures]
+  _, before = strangers(scores, found.owners)
+  rows = [{"key": key, "document": names[owner], "question": text, "answers": [names[owner]],
+           "prediction": names[int(scores[:, column].argmax())], "rank": int(before[column]) + 1,
+           what: float(scores[owner, column]), "score": float(before[column] == 0)}
+          for column, ((key, text, _), owner) in enumerate(
+            zip(found.captions, found.owners, strict=True))]
   _, low, high = mean_score(rows, seed)
-  return numbers | {"low": low, "high": high, "chance": 1 / len(names), "pictures": len(names),
-                    "captions": len(rows), "pairs": scores.size}, rows
+  return {"low": low, "high": high, "chance": 1 / len(names), "pictures": len(names),
+          "captions": len(rows), "pairs": scores.size}, rows

@@ -1,0 +1,171 @@
+"""CLIP and SigLIP checkpoints of Hugging Face: config.json and safetensors, both directions.
+
+A CLIP is the strategy `clip`, a SigLIP or a SigLIP 2 the strategy `siglip`; the towers are whatever
+module has the model_type of their nodes. The checkpoints of SigLIP 2 for one resolution call
+themselves "siglip"; those that call themselves "siglip2" are read at their native square.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.convert import nodes, safetensors_io, table
+from vlm_jax.convert.llava import BUFFERS, shapes
+from vlm_jax.core import fusion
+from vlm_jax.core.errors import DiskError, UsageError, nearest
+from vlm_jax.core.typing import Params
+
+TOWER, TEXT = "vision_model.", "text_model."
+
+
+class System(NamedTuple):
+  """A published system: our strategy, what the tower pools, their names."""
+
+  fusion: str
+  pool: str
+  architecture: str
+  processor: str
+
+
+SYSTEMS = {
+  "clip": System("clip", "tok", "CLIPModel", "CLIPImageProcessor"),
+  "siglip": System("siglip", "map", "SiglipModel", "SiglipImageProcessor"),
+  "siglip2": System("siglip", "map", "Siglip2Model", "Siglip2ImageProcessor"),
+}
+
+
+def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
+  """Reads a checkpoint.
+
+  Args:
+    directory: holds config.json and safetensors weights.
+    config: any recipe; everything that does not describe the model stays as it is.
+
+  Returns:
+    The config of the checkpoint's model, and its parameters as numpy arrays in the file's dtypes.
+
+  Raises:
+    DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
+    UsageError: config.json asks for something that our modules do not have.
+  """
+  theirs = safetensors_io.read_json(Path(directory) / "config.json")
+  config = read_config(theirs, config)
+  with safetensors_io.Reader(directory) as reader:
+    return config, load(reader, config)
+
+
+def load(source: table.Source, config: ConfigDict) -> Params:
+  """The parameters of `config`'s model from their tensors by key, see `table.load`."""
+  return table.load(source, entries(config), unread=lambda key: key.endswith(BUFFERS))
+
+
+def write(directory: str | os.PathLike, config: ConfigDict, params: Params,
+          shard_bytes: int = safetensors_io.SHARD_BYTES) -> None:
+  """Writes a checkpoint that transformers loads: config, image processor, weights.
+
+  Args:
+    directory: made if missing; must not hold a checkpoint.
+    config: the config of the model.
+    params: its parameters, without metadata boxes; dtypes are kept.
+    shard_bytes: largest weight file.
+
+  Raises:
+    UsageError: the directory holds a checkpoint, or the config is of no such system.
+    DiskError: it cannot be written.
+  """
+  directory = Path(directory)
+  theirs = write_config(config)
+  theirs["dtype"] = np.dtype(params["llm"]["embed"]["embedding"].dtype).name
+  tensors = table.export(params, entries(config))
+  if directory.exists() and any(directory.glob("*.safetensors*")):
+    raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
+  safetensors_io.write(directory, tensors, shard_bytes)
+  safetensors_io.write_json(directory / "preprocessor_config.json",
+                            _processor(config, theirs["model_type"]))
+  safetensors_io.write_json(directory / "config.json", theirs)
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model (the parts name their own KEYS)."""
+  parts = (
+    ("tower/", TOWER, fusion.find_tower(config).KEYS),
+    ("llm/", TEXT, fusion.find_llm(config).KEYS),
+    ("", "", fusion.find_fusion(config).KEYS),
+  )
+  return table.entries(parts, shapes(config))
+
+
+def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
+  """A copy of `config` whose model is the one of their config.json.
+
+  Raises:
+    UsageError: a setting that our modules do not have; the sentence names it.
+  """
+  kind = theirs.get("model_type", "")
+  if kind not in SYSTEMS:
+    raise UsageError(f"config.json: model_type is '{kind}'; {nearest(kind, SYSTEMS)}")
+  config, system = config.copy_and_resolve_references(), SYSTEMS[kind]
+  text, vision = theirs.get("text_config") or {}, theirs.get("vision_config") or {}
+  config.fusion.name = system.fusion
+  config.fusion.objectives = ConfigDict({"contrast": 1.0})
+  config.fusion.width = theirs.get("projection_dim", 512)
+  config.llm.update(nodes.read(text, "llm", f"{kind}_text_model"))
+  config.tower.update(nodes.read(vision, "towers", f"{kind}_vision_model"))
+  config.tower.pool = system.pool
+  if kind != "clip":
+    size = text.get("projection_size") or config.llm.width
+    if not vision.get("vision_use_head", True) or size != config.tower.width:
+      raise UsageError(f"config.json: texts are projected to {size} and vision_use_head is "
+                       f"{vision.get('vision_use_head', True)}; pictures need the pooling head, "
+                       f"and texts their width, {config.tower.width}")
+  return config
+
+
+def write_config(config: ConfigDict) -> dict[str, Any]:
+  """Their config.json of `config`'s model.
+
+  Raises:
+    UsageError: the config is of no such system; the sentence names the field.
+  """
+  text, vision = nodes.write(config.llm, "llm"), nodes.write(config.tower, "towers")
+  kind = vision["model_type"].removesuffix("_vision_model")
+  if kind not in SYSTEMS or SYSTEMS[kind].fusion != config.fusion.name:
+    raise UsageError(f"config.fusion.name is '{config.fusion.name}' and the tower's model_type "
+                     f"'{vision['model_type']}'; a checkpoint has both of 'clip' or of 'siglip'")
+  system = SYSTEMS[kind]
+  if config.tower.pool != system.pool or not config.tower.post_norm:
+    raise UsageError(f"config.tower.pool is '{config.tower.pool}' and post_norm "
+                     f"{config.tower.post_norm}; a {kind} checkpoint can only say '{system.pool}' "
+                     "and True")
+  if text["model_type"].split("_")[0] != system.fusion:
+    raise UsageError(f"config.llm: the text tower is that of a {text['model_type']}; a {kind} "
+                     "checkpoint needs its own attends and pool")
+  text["model_type"] = f"{kind}_text_model"
+  theirs = {"architectures": [system.architecture], "model_type": kind}
+  if kind == "clip":
+    text["projection_dim"] = vision["projection_dim"] = config.fusion.width
+    return {**theirs, "projection_dim": config.fusion.width, "text_config": text,
+            "vision_config": vision}
+  text["projection_size"] = config.tower.width
+  return {**theirs, "text_config": text, "vision_config": {**vision, "vision_use_head": True}}
+
+
+def _processor(config: ConfigDict, kind: str) -> dict[str, Any]:
+  """Their preprocessor_config.json: the same resize and pixel scaling."""
+  side = config.tower.image_size
+  size = ({"patch_size": config.tower.patch,
+           "max_num_patches": (side // config.tower.patch) ** 2} if kind == "siglip2"
+          else {"size": {"height": side, "width": side}, "do_center_crop": False})
+  return {
+    "image_processor_type": SYSTEMS[kind].processor, **size,
+    "do_resize": True, "resample": 2 if kind == "siglip2" else 3,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
+  }

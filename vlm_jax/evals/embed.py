@@ -1,0 +1,62 @@
+"""Embeddings of pictures and of texts, by strategies that only compare them."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vlm_jax.core import batch as batches
+from vlm_jax.core.batch import from_flat
+from vlm_jax.core.document import Encoded
+from vlm_jax.core.fusion import Embeddings, find_fusion
+from vlm_jax.core.typing import Array, Params
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embeddings(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Embeddings:
+  """Those of a batch; one that lacks the arrays of pictures or of texts runs without that tower."""
+  return find_fusion(config).Model(config).apply({"params": params}, from_flat(flat))
+
+
+def images(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int
+           ) -> np.ndarray:
+  """Unit vectors f32[n,E] of the pictures of n documents that have one each.
+
+  Args:
+    config: of the run.
+    params: the parameters.
+    documents: a picture each.
+    rows: of one compiled call.
+
+  Raises:
+    UsageError: a document that the strategy cannot lay out.
+  """
+  return _of(config, params, documents, rows, "media", "image")
+
+
+def texts(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int
+          ) -> np.ndarray:
+  """Unit vectors f32[n,E] of the texts of n documents; arguments and errors as `images`."""
+  return _of(config, params, documents, rows, "documents", "text")
+
+
+def _of(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int, kind: str,
+        part: str) -> np.ndarray:
+  """The embeddings of one part, whose arrays are those of `kind`; each document in its own row."""
+  module, frozen = find_fusion(config), FrozenConfigDict(config)
+  fields = {path: field for path, field in module.fields(config).items()
+            if path.split("/")[0] == kind}
+  one = {field.axis: 1 for field in fields.values()}
+  found = []
+  for start in range(0, len(documents), rows):
+    chosen = documents[start : start + rows]
+    flat = batches.empty(fields, one, rows)
+    for row, document in enumerate(chosen):
+      arrays = module.layout(document, config, np.random.default_rng(0)).arrays
+      for path in fields:
+        flat[path][row] = arrays[path]
+    out = getattr(embeddings(frozen, params, flat), part)
+    found.append(np.asarray(out)[: len(chosen), 0])
+  return np.concatenate(found)
