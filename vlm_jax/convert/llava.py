@@ -1,23 +1,22 @@
 """LLaVA checkpoints of Hugging Face: config.json and safetensors, both directions.
 
-A LLaVA is the strategy `concat` with causal image tokens, tower `vit`, connector `mlp` and language
-model `llama` (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). Their towers are CLIP
-(class token, pre-norm) or SigLIP (neither); the connector reads hidden state
+A LLaVA is the strategy `concat` with causal image tokens, tower `vit`, connector `mlp` and any
+published language model (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). Their towers
+are CLIP (class token, pre-norm) or SigLIP (neither); the connector reads hidden state
 `vision_feature_layer` of layers + 1, before any last norm.
 """
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import safetensors_io, table
+from vlm_jax.convert import nodes, safetensors_io, table
 from vlm_jax.core import batch as batches
-from vlm_jax.core import fusion
+from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
@@ -35,65 +34,9 @@ SPELLINGS = (
 # Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # constants that old files store
-
-# Ours to theirs; the first of theirs is written, all are read.
-ACTIVATIONS = {
-  "gelu": ("gelu",),
-  "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
-  "quick_gelu": ("quick_gelu",),
-  "relu": ("relu",),
-  "silu": ("silu", "swish"),
-}
-
-
-class Field(NamedTuple):
-  """A field that only changes its name; `default` is what theirs means when it is absent."""
-
-  ours: str
-  theirs: str
-  default: Any
-
-
-TEXT = (
-  Field("vocab_size", "vocab_size", 32000),
-  Field("width", "hidden_size", 4096),
-  Field("mlp", "intermediate_size", 11008),
-  Field("depth", "num_hidden_layers", 32),
-  Field("heads", "num_attention_heads", 32),
-  Field("norm_eps", "rms_norm_eps", 1e-6),
-)
-VISION = (
-  Field("width", "hidden_size", 768),
-  Field("mlp", "intermediate_size", 3072),
-  Field("depth", "num_hidden_layers", 12),
-  Field("heads", "num_attention_heads", 12),
-  Field("image_size", "image_size", 224),
-)
-
-
-class Family(NamedTuple):
-  """A kind of vision tower: how its config.json names it, its defaults, its parts, its pixels."""
-
-  patch: int
-  eps: float
-  activation: str
-  class_token: bool
-  pre_norm: bool
-  patch_bias: bool
-  strategy: str  # the select strategy that drops the class token, or has none to drop
-  processor: str
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
-
-
-FAMILIES = {
-  "clip_vision_model": Family(
-    32, 1e-5, "quick_gelu", True, True, False, "default", "CLIPImageProcessor",
-    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-  "siglip_vision_model": Family(
-    16, 1e-6, "gelu_pytorch_tanh", False, False, True, "full", "SiglipImageProcessor",
-    (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+# Their tower's node to the image processor that goes with it.
+PROCESSORS = {"clip_vision_model": "CLIPImageProcessor",
+              "siglip_vision_model": "SiglipImageProcessor"}
 
 
 def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
@@ -193,62 +136,27 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
     UsageError: a setting that our modules do not have; the sentence names it.
   """
   config = config.copy_and_resolve_references()
-  _expect(theirs, "config.json", "model_type", "llava", "llava")
+  hf.expect(theirs, "model_type", "llava", "llava")
   text, vision = theirs.get("text_config", {}), theirs.get("vision_config", {})
   config.fusion.name, config.fusion.image_attention = "concat", "causal"
-  config.tower.name, config.connector.name, config.llm.name = "vit", "mlp", "llama"
-  _read_text(text, config.llm)
-  config.llm.tie_embeddings = bool(
-    theirs.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
-  _read_vision(vision, config.tower)
-  _read_features(theirs, vision, config.tower)
-  config.connector.hidden = config.llm.width
-  config.connector.activation = _activation(theirs.get("projector_hidden_act", "gelu"),
-                                            "projector_hidden_act")
+  config.llm.update(nodes.read(text, "llm", "llama"))
+  if "tie_word_embeddings" in theirs:
+    config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
+  _processor_type(vision.get("model_type", "clip_vision_model"))
+  config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
+  config.tower.post_norm = False
+  if vision.get("vision_use_head"):
+    raise UsageError("config.json: vision_config.vision_use_head is true; the pooling head is not "
+                     "read by a LLaVA, export the checkpoint without it")
+  _read_features(theirs, config.tower)
+  config.connector.name, config.connector.hidden = "mlp", config.llm.width
+  config.connector.activation = hf.activation(theirs, "projector_hidden_act", "gelu")
   config.connector.bias = theirs.get("multimodal_projector_bias", True)
   return config
 
 
-def _read_text(text: dict, llm: ConfigDict) -> None:
-  where = "config.json: text_config"
-  _expect(text, where, "model_type", "llama", "llama")
-  _expect(text, where, "attention_bias", False, False)
-  _expect(text, where, "mlp_bias", False, False)
-  for field in TEXT:
-    llm[field.ours] = text.get(field.theirs, field.default)
-  llm.kv_heads = text.get("num_key_value_heads") or llm.heads
-  llm.head_dim = text.get("head_dim") or llm.width // llm.heads
-  llm.activation = _activation(text.get("hidden_act", "silu"), "text_config.hidden_act")
-  # transformers 4 writes rope_theta and rope_scaling, 5 rope_parameters.
-  rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta", 10000.0),
-                                         **(text.get("rope_scaling") or {})}
-  _expect(rope, f"{where}.rope_parameters", "rope_type", rope.get("type", "default"), "default")
-  llm.rope_theta = float(rope["rope_theta"])
-
-
-def _read_vision(vision: dict, tower: ConfigDict) -> None:
-  where = "config.json: vision_config"
-  kind = vision.get("model_type", "clip_vision_model")
-  if kind not in FAMILIES:
-    raise UsageError(f"{where}.model_type is '{kind}'; known: {', '.join(FAMILIES)}")
-  family = FAMILIES[kind]
-  if vision.get("vision_use_head") and kind == "siglip_vision_model":
-    raise UsageError(f"{where}.vision_use_head is true; the pooling head is not read by a LLaVA, "
-                     "export the checkpoint without it")
-  for field in VISION:
-    tower[field.ours] = vision.get(field.theirs, field.default)
-  tower.patch = vision.get("patch_size", family.patch)
-  tower.norm_eps = vision.get("layer_norm_eps", family.eps)
-  tower.activation = _activation(vision.get("hidden_act", family.activation),
-                                 "vision_config.hidden_act")
-  tower.class_token, tower.pre_norm = family.class_token, family.pre_norm
-  tower.patch_bias, tower.post_norm, tower.pool = family.patch_bias, False, "none"
-  tower.mean, tower.std = family.mean, family.std
-
-
-def _read_features(theirs: dict, vision: dict, tower: ConfigDict) -> None:
+def _read_features(theirs: dict, tower: ConfigDict) -> None:
   """Which hidden state is read and whether the class token is dropped."""
-  family = FAMILIES[vision.get("model_type", "clip_vision_model")]
   layer = theirs.get("vision_feature_layer", -2)
   if not isinstance(layer, int):
     raise UsageError(f"config.json: vision_feature_layer is {layer}; one layer can be read, "
@@ -257,7 +165,12 @@ def _read_features(theirs: dict, vision: dict, tower: ConfigDict) -> None:
   if not -states <= layer < states:
     raise UsageError(f"config.json: vision_feature_layer is {layer} but there are {states} states")
   tower.feature_layer = layer if layer < 0 else layer - states
-  _expect(theirs, "config.json", "vision_feature_select_strategy", "default", family.strategy)
+  hf.expect(theirs, "vision_feature_select_strategy", "default", _strategy(tower))
+
+
+def _strategy(tower: ConfigDict) -> str:
+  """The select strategy that drops the class token, or has none to drop."""
+  return "default" if tower.class_token else "full"
 
 
 def write_config(config: ConfigDict, image_token: int) -> dict:
@@ -267,8 +180,8 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     UsageError: the config is not a LLaVA; the sentence names the field.
   """
   for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
-                        ("tower.name", "vit"), ("connector.name", "mlp"), ("llm.name", "llama"),
-                        ("tower.post_norm", False), ("tower.pool", "none")):
+                        ("connector.name", "mlp"), ("tower.post_norm", False),
+                        ("tower.pool", "none")):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "
@@ -276,73 +189,38 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   if config.connector.hidden not in (0, config.llm.width):
     raise UsageError(f"config.connector.hidden is {config.connector.hidden}; in a LLaVA checkpoint "
                      f"it is the language model's width, {config.llm.width}")
-  kind, family = _family(config)
-  tower, llm = config.tower, config.llm
+  tower = config.tower
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "image_token_index": image_token,
     "image_seq_length": (tower.image_size // tower.patch) ** 2,
     "vision_feature_layer": tower.feature_layer,
-    "vision_feature_select_strategy": family.strategy,
-    "projector_hidden_act": ACTIVATIONS[config.connector.activation][0],
+    "vision_feature_select_strategy": _strategy(tower),
+    "projector_hidden_act": hf.ACTIVATIONS[config.connector.activation][0],
     "multimodal_projector_bias": config.connector.bias,
-    "tie_word_embeddings": llm.tie_embeddings,
-    "text_config": {
-      "model_type": "llama",
-      **{field.theirs: llm[field.ours] for field in TEXT},
-      "num_key_value_heads": llm.kv_heads,
-      "head_dim": llm.head_dim or llm.width // llm.heads,
-      "hidden_act": ACTIVATIONS[llm.activation][0],
-      "rope_theta": llm.rope_theta,  # read by transformers 4
-      "rope_parameters": {"rope_type": "default", "rope_theta": llm.rope_theta},
-      "max_position_embeddings": config.data.tokens,
-      "tie_word_embeddings": llm.tie_embeddings,
-    },
-    "vision_config": {
-      "model_type": kind,
-      **{field.theirs: tower[field.ours] for field in VISION},
-      "patch_size": tower.patch,
-      "num_channels": 3,
-      "layer_norm_eps": tower.norm_eps,
-      "hidden_act": ACTIVATIONS[tower.activation][0],
-      **({"vision_use_head": False} if kind == "siglip_vision_model" else {}),
-    },
+    "tie_word_embeddings": config.llm.tie_embeddings,
+    "text_config": nodes.write(config.llm, "llm") | {
+      "max_position_embeddings": config.data.tokens},
+    "vision_config": nodes.write(tower, "towers"),
   }
 
 
-def _family(config: ConfigDict) -> tuple[str, Family]:
-  tower = config.tower
-  parts = (tower.class_token, tower.pre_norm, tower.patch_bias)
-  for kind, family in FAMILIES.items():
-    if parts == (family.class_token, family.pre_norm, family.patch_bias):
-      return kind, family
-  raise UsageError(f"config.tower: class_token, pre_norm, patch_bias are {parts}, neither CLIP's "
-                   "(True, True, False) nor SigLIP's (False, False, True)")
+def _processor_type(kind: str) -> str:
+  """The image processor that goes with their tower's model_type."""
+  if kind not in PROCESSORS:
+    raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
+                     f"are {', '.join(PROCESSORS)}")
+  return PROCESSORS[kind]
 
 
 def _processor(config: ConfigDict) -> dict:
   """Their preprocessor_config.json: the same resize and pixel scaling."""
-  kind, family = _family(config)
-  side = config.tower.image_size
+  side, kind = config.tower.image_size, nodes.write(config.tower, "towers")["model_type"]
   return {
-    "processor_class": "LlavaProcessor", "image_processor_type": family.processor,
+    "processor_class": "LlavaProcessor", "image_processor_type": _processor_type(kind),
     "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
     "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
     "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
   }
-
-
-def _expect(theirs: dict, where: str, name: str, default: Any, needed: Any) -> None:
-  value = theirs.get(name, default)
-  if value != needed:
-    raise UsageError(f"{where}.{name} is {value!r}; only {needed!r} can be imported")
-
-
-def _activation(name: str, field: str) -> str:
-  for ours, theirs in ACTIVATIONS.items():
-    if name in theirs:
-      return ours
-  raise UsageError(f"config.json: {field} is '{name}'; known: "
-                   f"{', '.join(name for names in ACTIVATIONS.values() for name in names)}")

@@ -119,7 +119,7 @@ class Fusion(Protocol):
 
 
 class Tower(Protocol):
-  """What a module in `vlm_jax/towers` offers.
+  """What a module in `vlm_jax/towers` offers; a published one also the seam of `LanguageModel`.
 
   Model(config.tower, config.attention, precision) is called with pixels u8[B,N,Height,Width,3] and
   returns Features. `config` below is `config.tower`. Two functions are optional:
@@ -158,7 +158,8 @@ class LanguageModel(Protocol):
   KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
   positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
   RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
-  `config` below is `config.llm`.
+  `config` below is `config.llm`. A published one also has KEYS (`convert/table.py`), MODEL_TYPES,
+  read_hf and write_hf (`convert/nodes.py`).
   """
 
   Model: type
@@ -170,6 +171,13 @@ class LanguageModel(Protocol):
 
   def supports(self, mask: Any) -> str | None:
     """None, or the reason why the model cannot execute this mask."""
+
+
+def names(floor: str) -> list[str]:
+  """The modules of a floor of the package ("fusion", "towers", "connectors", "llm")."""
+  package = importlib.import_module(f"vlm_jax.{floor}")
+  return [module.name for module in pkgutil.iter_modules(package.__path__)
+          if not module.name.startswith("_")]
 
 
 @functools.cache  # a layout asks for its modules once per document
@@ -184,9 +192,7 @@ def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
   Raises:
     UsageError: nothing has that name (lists what exists), or leaving the package is not allowed.
   """
-  package = importlib.import_module(f"vlm_jax.{floor}")
-  known = [module.name for module in pkgutil.iter_modules(package.__path__)
-           if not module.name.startswith("_")]
+  known = names(floor)
   if name in known:
     return importlib.import_module(f"vlm_jax.{floor}.{name}")
   if "." not in name:

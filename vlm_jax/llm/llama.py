@@ -1,6 +1,7 @@
 """Llama-family decoders: RMSNorm, rotary positions, grouped queries, SwiGLU (arXiv:2307.09288)."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
+from vlm_jax.core import hf
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Cache, Output
 from vlm_jax.core.mask import IntervalMask
@@ -39,6 +41,50 @@ KEYS = (
   ("norm/scale", "model.norm.weight", "copy"),
   ("head/kernel", "lm_head.weight", "in"),
 )
+MODEL_TYPES = ("llama",)
+FIELDS = (
+  hf.Field("vocab_size", "vocab_size", 32000),
+  hf.Field("width", "hidden_size", 4096),
+  hf.Field("mlp", "intermediate_size", 11008),
+  hf.Field("depth", "num_hidden_layers", 32),
+  hf.Field("heads", "num_attention_heads", 32),
+  hf.Field("norm_eps", "rms_norm_eps", 1e-6),
+  hf.Field("tie_embeddings", "tie_word_embeddings", False),
+)
+
+
+def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of `config.llm` that their node says.
+
+  Raises:
+    UsageError: biases, an activation or a kind of positions that the model does not have.
+  """
+  hf.expect(theirs, "attention_bias", False, False)
+  hf.expect(theirs, "mlp_bias", False, False)
+  fields = hf.read(theirs, FIELDS)
+  # transformers 4 writes rope_theta and rope_scaling, 5 rope_parameters.
+  rope = theirs.get("rope_parameters") or {"rope_theta": theirs.get("rope_theta", 10000.0),
+                                           **(theirs.get("rope_scaling") or {})}
+  hf.expect(rope, "rope_type", rope.get("type", "default"), "default")
+  return fields | {
+    "kv_heads": theirs.get("num_key_value_heads") or fields["heads"],
+    "head_dim": theirs.get("head_dim") or fields["width"] // fields["heads"],
+    "activation": hf.activation(theirs, "hidden_act", "silu"),
+    "rope_theta": float(rope["rope_theta"]),
+  }
+
+
+def write_hf(config: ConfigDict) -> dict[str, Any]:
+  """Their node of `config.llm`; transformers 4 reads its rope_theta, 5 its rope_parameters."""
+  return {
+    "model_type": "llama",
+    **hf.write(config, FIELDS),
+    "num_key_value_heads": config.kv_heads,
+    "head_dim": head_dim(config),
+    "hidden_act": hf.ACTIVATIONS[config.activation][0],
+    "rope_theta": config.rope_theta,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+  }
 
 
 def head_dim(config: ConfigDict) -> int:

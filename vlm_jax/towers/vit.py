@@ -6,11 +6,15 @@ torch's order. Pixels that do not fill a patch at the right and lower edge are l
 convolution without padding.
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
+from vlm_jax.core import hf
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Features
 from vlm_jax.core.mask import IntervalMask
@@ -65,6 +69,75 @@ KEYS = (
   ("post_norm/scale", "post_layernorm.weight", "copy"),
   ("post_norm/bias", "post_layernorm.bias", "copy"),
 )
+
+
+class Family(NamedTuple):
+  """A published kind of encoder: what its config.json leaves out means, its parts, its pixels."""
+
+  patch: int
+  norm_eps: float
+  activation: str
+  class_token: bool
+  pre_norm: bool
+  patch_bias: bool
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+
+
+FAMILIES = {
+  "clip_vision_model": Family(
+    32, 1e-5, "quick_gelu", True, True, False,
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "siglip_vision_model": Family(
+    16, 1e-6, "gelu_pytorch_tanh", False, False, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+MODEL_TYPES = tuple(FAMILIES)
+FIELDS = (
+  hf.Field("width", "hidden_size", 768),
+  hf.Field("mlp", "intermediate_size", 3072),
+  hf.Field("depth", "num_hidden_layers", 12),
+  hf.Field("heads", "num_attention_heads", 12),
+  hf.Field("image_size", "image_size", 224),
+)
+
+
+def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of `config.tower` that their node says: all patches, behind the last norm.
+
+  Raises:
+    UsageError: an activation that the model does not have.
+  """
+  family = FAMILIES[theirs["model_type"]]
+  return hf.read(theirs, FIELDS) | {
+    "patch": theirs.get("patch_size", family.patch),
+    "norm_eps": theirs.get("layer_norm_eps", family.norm_eps),
+    "activation": hf.activation(theirs, "hidden_act", family.activation),
+    "class_token": family.class_token, "pre_norm": family.pre_norm,
+    "patch_bias": family.patch_bias, "mean": family.mean, "std": family.std,
+    "post_norm": True, "pool": "none", "feature_layer": -1,
+  }
+
+
+def write_hf(config: ConfigDict) -> dict[str, Any]:
+  """Their node of `config.tower`.
+
+  Raises:
+    UsageError: parts that no published kind has together.
+  """
+  parts = (config.class_token, config.pre_norm, config.patch_bias)
+  for kind, family in FAMILIES.items():
+    if parts == (family.class_token, family.pre_norm, family.patch_bias):
+      return {
+        "model_type": kind,
+        **hf.write(config, FIELDS),
+        "patch_size": config.patch,
+        "num_channels": 3,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": hf.ACTIVATIONS[config.activation][0],
+        **({"vision_use_head": False} if kind == "siglip_vision_model" else {}),
+      }
+  raise UsageError(f"config.tower: class_token, pre_norm, patch_bias are {parts}, neither CLIP's "
+                   "(True, True, False) nor SigLIP's (False, False, True)")
 
 
 def size(name: str) -> dict[str, int]:
