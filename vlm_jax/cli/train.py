@@ -1,7 +1,8 @@
-"""Trains a recipe, or continues the run in --workdir."""
+"""Trains a recipe, or continues the run in --workdir (its own config is enough for that)."""
 
 import argparse
 
+from vlm_jax import runs
 from vlm_jax.cli import config as recipes
 
 SUMMARY = "train a recipe, or continue the run of a workdir"
@@ -9,14 +10,16 @@ SUMMARY = "train a recipe, or continue the run of a workdir"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
-  recipes.argument(parser)
+  recipes.argument(parser, required=False)
   parser.add_argument("--workdir", required=True,
                       help="directory of the run; continued if it holds one")
 
 
 def run(args: argparse.Namespace) -> None:
   """Trains to the last step; the evaluations of the config run at the end and as it says."""
-  config = recipes.read(args)
+  config = recipes.read(args) if args.config else runs.frozen(args.workdir)
+  if not args.config:
+    recipes.override(config, args.overrides)
   from vlm_jax.evals.run import in_loop
   from vlm_jax.train.loop import train
 

@@ -68,6 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
       norm="group",  # resnet: "group" from scratch, "frozen" for imported batch-norm statistics
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
+      init="",  # weights to start from: safetensors, .npz, .gguf, .pth or a run directory
     )
   )
   config.connector = ConfigDict(
@@ -77,12 +78,13 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="gelu",
       bias=True,
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      init="",
     )
   )
   config.llm = ConfigDict(
     dict(
       name="llama",  # module in vlm_jax/llm
-      vocab_size=1024,  # must be the tokenizer's, checked at start
+      vocab_size=1024,  # at least the tokenizer's, checked at start
       width=128,
       depth=4,
       mlp=512,
@@ -100,6 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
       linear_bias=False,  # encoder_decoder: biases in all linear layers
       remat="none",
       unroll=1,
+      init="",
     )
   )
   config.attention = ConfigDict(
@@ -107,6 +110,15 @@ def get_config(arg: str = "") -> ConfigDict:
       implementation="auto",  # auto: the first that does not decline; or one by name
       block_q=0,  # block sizes of the blocked implementations, 0: what suits lengths and platform
       block_k=0,
+    )
+  )
+  config.lora = ConfigDict(
+    dict(
+      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; with them nothing else trains
+      alpha=16.0,  # an adapter's product is multiplied with alpha / rank
+      dropout=0.0,  # of what an adapter reads, while training
+      targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
+      init="",  # directory of adapters in PEFT's format to start from
     )
   )
   config.precision = ConfigDict(dict(param="float32", compute="float32"))

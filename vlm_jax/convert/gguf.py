@@ -83,8 +83,8 @@ class Reader:
                       ) from error
     for key, place in self._places.items():
       if place.start + place.size > len(self._data):
-        raise DataError(f"{self.path}: '{key}' ends at byte {place.start + place.size} but the file "
-                        f"has {len(self._data)}; it is truncated, download it again")
+        raise DataError(f"{self.path}: '{key}' ends at byte {place.start + place.size} but the "
+                        f"file has {len(self._data)}; it is truncated, download it again")
     self.shapes = {key: place.shape for key, place in self._places.items()}
 
   def __getitem__(self, key: str) -> np.ndarray:
@@ -129,8 +129,8 @@ class _Parser:
     number, offset = self._number("<I"), self._number("<Q")
     if number not in KINDS:
       raise DataError(f"{self._path}: '{name}' has type {number}; known: "
-                      f"{', '.join(kind.name for kind in KINDS.values())}; take another file of the "
-                      "model")
+                      f"{', '.join(kind.name for kind in KINDS.values())}; take another file of "
+                      "the model")
     kind = KINDS[number]
     return name, Place(shape, kind, offset, math.prod(shape) // kind.values * kind.size)
 

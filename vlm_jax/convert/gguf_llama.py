@@ -89,7 +89,8 @@ def read_config(reader: Reader) -> dict[str, Any]:
   kind = fields.get("general.architecture")
   if kind != "llama":
     raise UsageError(f"{path}: general.architecture is '{kind}'; only 'llama' can be imported")
-  if "rope_freqs.weight" in reader.shapes or fields.get("llama.rope.scaling.type", "none") != "none":
+  scaling = fields.get("llama.rope.scaling.type", "none")
+  if "rope_freqs.weight" in reader.shapes or scaling != "none":
     raise UsageError(f"{path}: its rotary embedding is scaled, which a GGUF file does not describe "
                      "fully; import the model's safetensors")
   try:

@@ -59,15 +59,15 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
     return config, load(reader, config)
 
 
-def load(source: table.Source, config: ConfigDict) -> Params:
+def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
   """The parameters of `config`'s model from their tensors by key, see `table.load`."""
   rename = table.renamer(SPELLINGS)
   tied = config.llm.tie_embeddings
   unread = lambda key: key.endswith(BUFFERS) or key in UNREAD or (tied and key == HEAD)
-  params = table.load(source, entries(config), rename, unread)
+  params = table.load(source, entries(config), rename, unread, dtype)
   for key in source.shapes:
     if tied and rename(key) == HEAD and not np.array_equal(
-        source[key], params["llm"]["embed"]["embedding"]):
+        source[key].astype(dtype or source[key].dtype), params["llm"]["embed"]["embedding"]):
       raise DataError(f"weights: {key} differs from the embedding although config.json ties them; "
                       "set tie_word_embeddings to false in config.json")
   return params
@@ -79,27 +79,29 @@ def write(
   params: Params,
   image_token: int,
   shard_bytes: int = safetensors_io.SHARD_BYTES,
+  dtype: np.dtype | None = None,
 ) -> None:
   """Writes a checkpoint that transformers 4 and 5 load: config, image processor, weights.
 
   Args:
     directory: made if missing; must not hold a checkpoint.
     config: the config of the model.
-    params: its parameters, without metadata boxes; dtypes are kept.
+    params: its parameters, without metadata boxes.
     image_token: the token id that stands for one image slot in their input_ids.
     shard_bytes: largest weight file.
+    dtype: of the file; None: the parameters'.
 
   Raises:
     UsageError: the directory holds a checkpoint, or the config is not a LLaVA.
     DiskError: it cannot be written.
   """
   directory = Path(directory)
-  dtype = np.dtype(params["llm"]["embed"]["embedding"].dtype)
-  theirs = {**write_config(config, image_token), "dtype": dtype.name}
-  tensors = table.export(params, entries(config))
+  kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
+  theirs = {**write_config(config, image_token), "dtype": kind.name}
+  tensors = table.export(params, entries(config), dtype)
   for name, value in zip(UNREAD, (1, 0), strict=True):
-    filler = np.full(config.tower.width, value, dtype)
-    tensors[name] = safetensors_io.Tensor(filler.nbytes, lambda filler=filler: filler)
+    filler = np.full(config.tower.width, value, kind)
+    tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
   if directory.exists() and any(directory.glob("*.safetensors*")):
     raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
   try:
@@ -111,14 +113,18 @@ def write(
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model (the parts name their own KEYS)."""
-  parts = (
+def parts(config: ConfigDict) -> tuple[table.Part, ...]:
+  """Where each module's tensors are; the modules name their own KEYS."""
+  return (
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("connector/", CONNECTOR, fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
   )
-  return table.entries(parts, shapes(config))
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model."""
+  return table.entries(parts(config), shapes(config))
 
 
 def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -181,7 +187,7 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   """
   for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
                         ("connector.name", "mlp"), ("tower.post_norm", False),
-                        ("tower.pool", "none")):
+                        ("tower.pool", "none"), ("lora.rank", 0)):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "

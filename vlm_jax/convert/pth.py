@@ -23,7 +23,8 @@ MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older layout
 STORAGES = {
   "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
   "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-  "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+  "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+  "BoolStorage": np.bool_,
 }
 TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 CALLS = (*TENSORS, "torch._utils._rebuild_parameter", "collections.OrderedDict")
@@ -75,7 +76,7 @@ class Reader:
     """
     self.path = Path(path)
     try:
-      self._file = open(self.path, "rb")  # noqa: SIM115 (closed by `close`)
+      self._file = open(self.path, "rb")
       self._places: dict[str, tuple[int, int]] = {}  # storage to (offset in the file, bytes)
       zipped = zipfile.is_zipfile(self._file)
       self._file.seek(0)

@@ -21,6 +21,7 @@ from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Fusion
 from vlm_jax.core.typing import Array, Params
+from vlm_jax.nn.linear import DROPOUT
 from vlm_jax.train.optimizer import Optimizer
 from vlm_jax.train.state import State, merge
 
@@ -61,7 +62,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   parts = config.train.accumulation
 
   def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
-    output = model.apply({"params": merge(params, moved)}, batch, rng=rng)
+    output = model.apply({"params": merge(params, moved)}, batch, rng=rng,
+                         rngs={DROPOUT: rng} if config.lora.dropout else {})
     with jax.named_scope("loss"):
       sums = module.losses(output, batch, config)
     return sum(jnp.sum(scale[name] * sums[name]) for name in scale), {n: sums[n] for n in scale}

@@ -1,0 +1,121 @@
+"""The files beside the weights of a Hugging Face LLaVA that turn a conversation into input_ids.
+
+Our template (`data/template.py`) becomes their chat template, our tokenizer their tokenizer.json;
+the processor repeats `<image>` once for every slot of a picture.
+"""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from ml_collections import ConfigDict
+from tokenizers import AddedToken
+
+from vlm_jax.convert import safetensors_io
+from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.data import tokenizer as our
+from vlm_jax.data.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+# A picture before the first word comes before the mark of its turn, as `generate` asks.
+CHAT = (
+  "{%- macro parts(content, mark) -%}{%- set said = namespace(yet=false) -%}"
+  "{%- if content is string -%}{{ mark }}{{ content | trim }}{%- else -%}"
+  "{%- for part in content -%}{%- if part['type'] == 'image' -%}<image>{%- else -%}"
+  "{%- if not said.yet -%}{{ mark }}{%- set said.yet = true -%}{%- endif -%}"
+  "{{ part['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+  "{%- for message in messages -%}"
+  "{%- if message['role'] == 'assistant' -%}{{ parts(message['content'], '<assistant>') }}<eos>"
+  "{%- elif message['role'] == 'system' -%}{{ parts(message['content'], '<bos>') }}"
+  "{%- else -%}{{ parts(message['content'], '<user>') }}{%- endif -%}{%- endfor -%}"
+  "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
+)
+# Our marks, and under which names of tokenizer_config.json theirs are.
+ROLES = {our.PAD: "pad_token", our.BOS: "bos_token", our.EOS: "eos_token", our.IMAGE: "image_token"}
+
+
+def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+  """Writes tokenizer, chat template, processor and generation defaults.
+
+  Args:
+    directory: exists.
+    config: of the model, a LLaVA.
+    tokenizer: the run's.
+
+  Raises:
+    DiskError: a file cannot be written.
+  """
+  tokenizer.save(str(directory / TOKENIZER))
+  safetensors_io.write_json(directory / "tokenizer_config.json", {
+    "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": our.PAD, "bos_token": our.BOS,
+    "eos_token": our.EOS, "model_max_length": config.data.tokens,
+    "clean_up_tokenization_spaces": False,
+    "extra_special_tokens": {"image_token": our.IMAGE, "user_token": our.USER,
+                             "assistant_token": our.ASSISTANT},
+  })
+  (directory / "chat_template.jinja").write_text(CHAT)
+  tower = config.tower
+  safetensors_io.write_json(directory / "processor_config.json", {
+    "processor_class": "LlavaProcessor", "image_token": our.IMAGE, "patch_size": tower.patch,
+    "vision_feature_select_strategy": "default" if tower.class_token else "full",
+    "num_additional_image_tokens": int(tower.class_token),
+  })
+  safetensors_io.write_json(directory / "generation_config.json", {
+    "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad,
+    "do_sample": False})
+
+
+def read(directory: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """The tokenizer of a checkpoint, with our marks among its special tokens.
+
+  Theirs that mean the same take our names. Marks that they have no token for (of whose turn it is)
+  become new tokens in rows of the vocabulary that no token uses: the model has yet to learn them.
+
+  Args:
+    directory: of the checkpoint.
+    vocab_size: rows of its embedding.
+
+  Returns:
+    The tokenizer, and the marks that are new.
+
+  Raises:
+    DataError: there is no readable tokenizer.json.
+    UsageError: there are fewer free rows than new marks.
+  """
+  path = directory / TOKENIZER
+  try:
+    content = json.loads(path.read_text())
+    names = _names(directory)
+    for token in content["added_tokens"]:
+      token["content"] = names.get(token["content"], token["content"])
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, dict):
+      content["model"]["vocab"] = {names.get(token, token): row for token, row in vocab.items()}
+    content["post_processor"] = None  # it would add the marks under their old names
+    inner = tokenizers.Tokenizer.from_str(json.dumps(content))
+  except Exception as error:  # the library raises bare Exception for every broken file
+    raise DataError(f"{path} is not a usable tokenizer.json ({error}); put the one of the model "
+                    "there") from error
+  new = [mark for mark in our.SPECIALS if inner.token_to_id(mark) is None]
+  inner.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in new])
+  size = inner.get_vocab_size(with_added_tokens=True)
+  if size > vocab_size:
+    raise UsageError(f"{path}: with the marks {', '.join(new)} it has {size} tokens, but the "
+                     f"embedding has {vocab_size} rows; give the checkpoint more rows first")
+  return inner, new
+
+
+def _names(directory: Path) -> dict[str, str]:
+  """Their special tokens to our marks; two of ours may not be one of theirs."""
+  told: dict = {}
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    if (directory / name).exists():
+      told |= safetensors_io.read_json(directory / name)
+  told |= told.get("extra_special_tokens") or {}
+  names: dict[str, str] = {}
+  for mark, field in ROLES.items():
+    token = told.get(field, "<image>" if mark == our.IMAGE else None)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token and token not in names:
+      names[token] = mark
+  return names
