@@ -1,9 +1,8 @@
 """Compares an exported checkpoint with its parameters, through transformers where it is installed.
 
-The only place of the package that may load PyTorch, and only when it is asked to.
+The only file of the package that may load PyTorch, and only when it is asked to.
 """
 
-import importlib
 import importlib.util
 from pathlib import Path
 
@@ -87,7 +86,9 @@ def _ours(config: ConfigDict, params: Params, pixels: np.ndarray, ids: np.ndarra
 
 def _theirs(directory: Path, config: ConfigDict, pixels: np.ndarray, ids: np.ndarray,
             image_token: int) -> np.ndarray:
-  torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+  import torch
+  import transformers
+
   model = transformers.LlavaForConditionalGeneration.from_pretrained(
     directory, dtype=torch.float32).eval()
   slots = (config.tower.image_size // config.tower.patch) ** 2
