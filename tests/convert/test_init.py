@@ -161,8 +161,8 @@ def test_errors_name_field_tensor_expected_and_found(made, tmp_path):
     read(made, lambda c, _: c.llm.update(init=str(tmp_path / "run")))
   with pytest.raises(UsageError, match="does not exist"):
     read(made, lambda c, folder: c.llm.update(init=str(folder / "gone")))
-  with pytest.raises(UsageError, match="'pool' has no table of keys"):
-    read(made, lambda c, folder: (c.connector.update(name="pool", init=str(folder / "hf"))))
+  with pytest.raises(UsageError, match="'encoder_decoder' has no table of keys"):
+    read(made, lambda c, folder: c.llm.update(name="encoder_decoder", init=str(folder / "hf")))
 
 
 def test_weights_take_the_places_of_the_draw(made):

@@ -273,7 +273,7 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
   batch, where = our_batch(config)
   if twin == "rope":
     layout = lambda width, theta: rope.sequence(width, theta).interleaved()  # of Meta's files
-    monkeypatch.setattr("vlm_jax.llm.llama.sequence", layout)
+    monkeypatch.setattr("vlm_jax.llm._decoder.sequence", layout)
   elif twin == "layer":
     config.tower.feature_layer = -1
   elif twin == "llm_eps":
@@ -307,7 +307,7 @@ def test_configs_that_are_no_llava(one):
     ({"projector_hidden_act": "tanh"}, "projector_hidden_act is 'tanh'"),
     ({"text_config": {"attention_bias": True}}, "attention_bias is True"),
     ({"text_config": {"model_type": "mistral"}}, "model_type is 'mistral'"),
-    ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, "rope_type is 'linear'"),
+    ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}, "rope_type is 'yarn'"),
     ({"vision_config": {"model_type": "dinov2"}}, "model_type is 'dinov2'"),
   ):
     with pytest.raises(UsageError, match=sentence) as error_info:

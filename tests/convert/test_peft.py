@@ -112,7 +112,9 @@ def test_ours_written_and_read_is_the_same(made):
   ({"peft_type": "IA3"}, {}, UsageError, "peft_type is 'IA3'; only 'LORA'"),
   ({"modules_to_save": ["x"]}, {}, UsageError, "modules_to_save"),
   ({}, {"targets": ("llm/.*/mlp",)}, DataError, "unexpected: .*config.lora.targets are other"),
-  ({}, {"targets": (".*",)}, DataError, "missing: .*config.lora.targets are other layers"),
+  ({}, {"targets": (".*/attention", "connector", "llm/.*/mlp")}, DataError,
+   "missing: .*config.lora.targets are other layers"),
+  ({}, {"targets": (".*",)}, UsageError, "tower/patch is not a linear layer in PEFT's model"),
 ])
 def test_what_cannot_be_read_is_one_sentence(made, tmp_path, change, fields, kind, sentence):
   folder, config, _ = made
@@ -129,7 +131,7 @@ def test_what_cannot_be_read_is_one_sentence(made, tmp_path, change, fields, kin
 
 def test_writing_refuses_what_is_there_and_what_is_not(made):
   folder, config, flat = made
-  with pytest.raises(UsageError, match="already holds adapters"):
+  with pytest.raises(UsageError, match="already holds a checkpoint"):
     adapters.write(folder / "ours", config, unflatten(flat))
   plain = config.copy_and_resolve_references()
   plain.lora.rank = 0

@@ -1,21 +1,32 @@
+"""Llama held to transformers; its cache, its sizes, and soft caps of all families.
+
+Measured: logits below 1e-6, gradients below 1e-5.
+"""
+
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax.core import meta
 from ml_collections import FrozenConfigDict
 
+from tests.llm import published
 from vlm_jax.configs import base
-from vlm_jax.convert import table
-from vlm_jax.core.errors import UsageError
+from vlm_jax.convert import nodes, table
+from vlm_jax.core.batch import Stream
+from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.fusion import Output
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import Precision
-from vlm_jax.core.tree import flatten
-from vlm_jax.llm import llama
+from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.fusion import concat
+from vlm_jax.llm import _decoder, llama
+from vlm_jax.ops import rope
 
-TOLERANCE = 2e-4
 ROWS, SLOTS = 2, 9
 
 
@@ -49,34 +60,141 @@ def make(config):
   return model, params, tokens, positions
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_is_their_llama(tie):
-  config = get_config(tie_embeddings=tie)
-  model, params, tokens, positions = make(config)
-  theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=37, hidden_size=24, num_hidden_layers=2, intermediate_size=40,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-2,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0}, tie_word_embeddings=tie,
-    attn_implementation="eager",
-  )).eval()
-  flat = flatten(params["params"])
-  shapes = {path: leaf.shape for path, leaf in flat.items()}
-  leaves = table.export(params["params"], table.entries([("", "", llama.KEYS)], shapes))
-  state = {key: torch.tensor(np.ascontiguousarray(leaf.get())) for key, leaf in leaves.items()}
-  missing, unexpected = theirs.load_state_dict(state, strict=False)
-  assert not unexpected and missing == (["lm_head.weight"] if tie else [])
-  theirs.tie_weights()
-  with torch.no_grad():
-    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  out = jax.jit(lambda params: model.apply(params, tokens, positions, causal()).logits())
-  error = lambda params: np.abs(out(params) - expected).max() / np.abs(expected).max()
-  assert expected.std() > 0.1
-  assert error(params) < TOLERANCE
-  # Twin: query heads in another order share other keys.
-  swapped = jax.tree.map(lambda leaf: leaf, params)
-  kernel = swapped["params"]["layers"]["attention"]["query"]["kernel"]
-  swapped["params"]["layers"]["attention"]["query"]["kernel"] = kernel[:, :, [0, 2, 1, 3]]
-  assert error(swapped) > 100 * TOLERANCE
+KINDS = {  # seed, tied, rope_parameters beyond theta
+  "tied": (0, True, {}),  # SmolLM2
+  "llama3": (1, False, dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+                            high_freq_factor=4.0, original_max_position_embeddings=32)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def reference(request, tmp_path_factory):
+  seed, tied, more = KINDS[request.param]
+  theirs = transformers.LlamaConfig(**published.numbers(seed), tie_word_embeddings=tied,
+                                    rope_parameters=published.rope(seed, **more))
+  return published.Reference(transformers.LlamaForCausalLM, theirs,
+                             tmp_path_factory.mktemp("theirs") / "model")
+
+
+def test_logits_and_gradients(reference):
+  published.check_logits_and_gradients(reference)
+
+
+def test_greedy_tokens(reference):
+  published.check_greedy_tokens(reference)
+
+
+def test_files(reference, tmp_path):
+  published.check_files(reference, tmp_path)
+
+
+def test_twins_fail_loudly(reference, monkeypatch):
+  wrong = {"norm_eps": 1e-12, "activation": "gelu"}
+  if reference.config.llm.rope_scaling == "llama3":
+    wrong |= {"rope_scaling": "linear", "rope_high": 5.0, "rope_factor": 7.0}
+  errors = {name: reference.twin(**{name: value}) for name, value in wrong.items()}
+  flat, path = flatten(reference.params), "layers/attention/query/kernel"
+  swapped = unflatten(flat | {path: flat[path][:, :, [0, 2, 1, 3]]})  # heads share other keys
+  if reference.config.llm.kv_heads == 2:
+    errors["groups"] = reference.error(reference.run(params=swapped))
+  interleaved = lambda width, theta: rope.sequence(width, theta).interleaved()  # of Meta's files
+  monkeypatch.setattr("vlm_jax.llm._decoder.sequence", interleaved)
+  errors["rope"] = reference.error(reference.run())
+  print({name: f"{error:.1e}" for name, error in errors.items()})
+  assert min(errors.values()) > 100 * published.LOGITS, errors
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(reference):
+  tensors = {key: tensor.get() for key, tensor in table.export(
+    reference.params, nodes.entries(reference.config.llm, "llm")).items()}
+  tied = reference.config.llm.tie_embeddings
+  assert ("lm_head.weight" in tensors) != tied
+  load = lambda head: nodes.load(
+    Tensors(tensors | {"lm_head.weight": head}), nodes.entries(reference.config.llm, "llm"),
+    tied and nodes.HEAD)
+  embedding = tensors["model.embed_tokens.weight"]
+  load(embedding)
+  if tied:
+    with pytest.raises(DataError, match="lm_head.weight differs from the embedding"):
+      load(embedding + 1)
+  else:
+    np.testing.assert_array_equal(load(embedding + 1)["head"]["kernel"], embedding.T + 1)
+
+
+class Tensors(dict):
+  """Tensors by key in memory, as `table.load` reads them."""
+
+  @property
+  def shapes(self):
+    return {key: array.shape for key, array in self.items()}
+
+
+@pytest.mark.parametrize("name, count", [
+  ("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("smollm2-1.7b", 1_711_376_384),
+  ("2-7b", 6_738_415_616), ("2-13b", 13_015_864_320), ("3-8b", 8_030_261_248),
+  ("3.2-1b", 1_235_814_400), ("3.2-3b", 3_212_749_824)])
+def test_sizes_have_as_many_parameters_as_published(name, count):
+  assert published.parameters(llama, name) == count
+
+
+@pytest.mark.parametrize("name", llama.SIZES)
+def test_nodes_are_read_as_they_are_written(name):
+  config = base.get_config().llm
+  config.update(llama.size(name))
+  back = llama.read_hf(llama.write_hf(config))
+  assert back.pop("head_dim") == llama.head_dim(config)
+  assert back.items() <= config.to_dict().items()
+
+
+def test_old_files_say_rope_scaling():
+  theirs = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {
+    "type": "linear", "factor": 4}}
+  fields = llama.read_hf(theirs)
+  assert (fields["rope_theta"], fields["rope_scaling"], fields["rope_factor"]) == (
+    5e5, "linear", 4.0)
+
+
+@pytest.mark.parametrize("field, value", [("qk_norm", "rms"), ("final_soft_cap", 30.0)])
+def test_what_theirs_cannot_say_is_refused(field, value):
+  config = base.get_config().llm
+  config[field] = value
+  with pytest.raises(UsageError, match=f"config.llm.{field} is {value!r}; a checkpoint of model"):
+    llama.write_hf(config)
+
+
+def test_unknown_rope_scaling():
+  config = base.get_config().llm
+  config.rope_scaling = "liner"
+  with pytest.raises(UsageError, match="rope_scaling is 'liner'; did you mean 'linear'"):
+    _decoder.pairs(config, _decoder.Kind(1e4))
+
+
+def test_no_reader_of_the_head_drops_its_soft_cap():
+  """Whoever reads `output.head` in a call reads `output.soft_cap` in the same one."""
+  root, found = Path(llama.__file__).parent.parent, 0
+  for path in root.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call):
+        read = [ast.unparse(child) for child in ast.walk(node)]
+        for head in {text for text in read if text.endswith("output.head")}:
+          assert head.removesuffix("head") + "soft_cap" in read, f"{path}:{node.lineno}"
+          found += 1
+  assert found >= 2
+
+
+def test_soft_caps_reach_logits_and_losses():
+  rng = np.random.default_rng(0)
+  hidden, head = rng.normal(size=(1, 4, 8)), rng.normal(size=(8, 16))
+  out = Output(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32), soft_cap=2.0)
+  expected = 2 * np.tanh(hidden @ head / 2)
+  np.testing.assert_allclose(out.logits(), expected, rtol=1e-5, atol=1e-6)
+  targets = jnp.zeros((1, 4), jnp.int32)
+  stream = Stream(targets, targets, targets, targets, targets, targets, {"lm": jnp.ones((1, 4))})
+  config = base.get_config()
+  config.data.sources = {"only": base.source(name="only")}
+  loss = concat.lm_losses(out, stream, config)["lm"].sum()
+  norm = np.log(np.exp(expected).sum(-1))
+  np.testing.assert_allclose(loss, (norm - expected[..., 0]).sum(), rtol=1e-5)
 
 
 def test_bf16():

@@ -81,30 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",
     )
   )
-  config.llm = ConfigDict(
-    dict(
-      name="llama",  # module in vlm_jax/llm
-      vocab_size=1024,  # at least the tokenizer's, checked at start
-      width=128,
-      depth=4,
-      mlp=512,
-      heads=4,
-      kv_heads=4,  # key/value groups; fewer than heads: grouped-query attention
-      head_dim=0,  # 0: width / heads
-      rope_theta=10000.0,
-      norm_eps=1e-5,
-      activation="silu",
-      tie_embeddings=True,
-      encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
-      positions=0,  # encoder_decoder: learned positions of a document on each side, 0: none
-      norm="rms",  # encoder_decoder: "layer" or "rms"
-      feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
-      linear_bias=False,  # encoder_decoder: biases in all linear layers
-      remat="none",
-      unroll=1,
-      init="",
-    )
-  )
+  config.llm = _llm()
   config.attention = ConfigDict(
     dict(
       implementation="auto",  # auto: the first that does not decline; or one by name
@@ -182,6 +159,48 @@ def get_config(arg: str = "") -> ConfigDict:
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
   return config
+
+
+def _llm() -> ConfigDict:
+  """The language model. A field that names modules is read by those only."""
+  return ConfigDict(
+    dict(
+      name="llama",  # module in vlm_jax/llm
+      vocab_size=1024,  # at least the tokenizer's, checked at start
+      width=128,
+      depth=4,
+      mlp=512,
+      heads=4,
+      kv_heads=4,  # key/value groups; fewer than heads: grouped-query attention
+      head_dim=0,  # 0: width / heads
+      rope_theta=10000.0,
+      rope_scaling="none",  # none, linear (positions / rope_factor), llama3 (long waves only)
+      rope_factor=1.0,
+      rope_low=1.0,  # llama3: waves longer than rope_length / rope_low are stretched whole
+      rope_high=4.0,  # llama3: those shorter than rope_length / rope_high not at all
+      rope_length=8192,  # llama3: the context before
+      norm_eps=1e-5,
+      activation="silu",
+      tie_embeddings=True,
+      qkv_bias=False,  # qwen: biases of queries, keys and values (Qwen2)
+      qk_norm="",  # norm of queries and keys: qwen "rms" (Qwen3), gemma "rms_offset" (Gemma 3)
+      post_norms=False,  # gemma: what attention and MLP return is normalised too (Gemma 2, 3)
+      query_scalar=0.0,  # gemma: attention logits are scaled by its power -1/2; 0: head_dim
+      attention_soft_cap=0.0,  # gemma: c of c tanh(logits / c), 0: none (Gemma 2)
+      final_soft_cap=0.0,  # gemma: the same of the vocabulary's logits
+      window=0,  # gemma: slots back that a local layer sees, itself counted; 0: all layers global
+      global_every=1,  # gemma: every n-th layer is global, the others are local
+      local_theta=0.0,  # gemma: rope_theta of local layers, which are not scaled; 0: as the others
+      encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
+      positions=0,  # encoder_decoder: learned positions of a document on each side, 0: none
+      norm="rms",  # encoder_decoder: "layer" or "rms"
+      feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
+      linear_bias=False,  # encoder_decoder: biases in all linear layers
+      remat="none",
+      unroll=1,
+      init="",
+    )
+  )
 
 
 def evaluation(**overrides) -> ConfigDict:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import llava, safetensors_io, table
 from vlm_jax.core import hf
 from vlm_jax.core.adapters import A, Adapters, B, adapters, is_adapter
-from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 
@@ -85,11 +85,9 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
     UsageError: there are no adapters, the directory has some, or the model is not a LLaVA.
     DiskError: it cannot be written.
   """
-  directory, lora = Path(directory), adapters(config)
+  lora = adapters(config)
   if not lora.rank:
     raise UsageError("config.lora.rank is 0, so there are no adapters to write; use --to=hf")
-  if (directory / CONFIG).exists():
-    raise UsageError(f"{directory}: already holds adapters; choose an empty directory")
   base = config.copy_and_resolve_references()
   base.lora.rank = 0
   llava.write_config(base, image_token=0)  # refuses what is not a LLaVA
@@ -98,10 +96,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
   rename = table.renamer(MEMORY)
   tensors = {PREFIX + rename(key): tensor
              for key, tensor in table.export(unflatten(flat), found).items()}
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
+  directory = safetensors_io.new_directory(directory)
   safetensors_io.write_file(directory / WEIGHTS, tensors)
   modules = {re.sub(r"\.lora_[AB]\.weight$", "", key.removeprefix(PREFIX)) for key in tensors}
   safetensors_io.write_json(directory / CONFIG, _config(lora, sorted(modules)))
@@ -139,13 +134,22 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> dict[str, np.ndarr
 
 
 def entries(config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> list[table.Entry]:
-  """The tensors of the adapters with these shapes, under the names of files."""
-  parts = []
+  """The tensors of the adapters with these shapes, under the names of files.
+
+  Raises:
+    UsageError: one is at a layer that is no linear layer there (the patches' convolution).
+  """
+  parts, known = [], set()
   for ours, theirs, keys in llava.parts(config):
     rows = [row for row in keys if row[2] in ("in", "out") and row[0].endswith("/kernel")]
+    known |= {ours + row[0].removesuffix("/kernel") for row in rows}
     parts.append((ours, theirs, tuple(
       (path.removesuffix("kernel") + leaf, key.removesuffix("weight") + f"{name}.weight", op)
       for path, key, _ in rows for leaf, name, op in ((A, "lora_A", "out"), (B, "lora_B", "in")))))
+  layers = {path.rpartition("/")[0] for path in shapes}
+  if other := sorted(layers - known):
+    raise UsageError(f"config.lora.targets: {other[0]} is not a linear layer in PEFT's model; take "
+                     "it out of the targets, or merge with --to=hf")
   return table.entries(parts, shapes)
 
 

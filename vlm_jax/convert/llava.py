@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import nodes, safetensors_io, table
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion, hf
-from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
@@ -33,7 +33,6 @@ SPELLINGS = (
 )
 # Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
-BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # constants that old files store
 # Their tower's node to the image processor that goes with it.
 PROCESSORS = {"clip_vision_model": "CLIPImageProcessor",
               "siglip_vision_model": "SiglipImageProcessor"}
@@ -60,17 +59,9 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
 
 
 def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
-  """The parameters of `config`'s model from their tensors by key, see `table.load`."""
-  rename = table.renamer(SPELLINGS)
-  tied = config.llm.tie_embeddings
-  unread = lambda key: key.endswith(BUFFERS) or key in UNREAD or (tied and key == HEAD)
-  params = table.load(source, entries(config), rename, unread, dtype)
-  for key in source.shapes:
-    if tied and rename(key) == HEAD and not np.array_equal(
-        source[key].astype(dtype or source[key].dtype), params["llm"]["embed"]["embedding"]):
-      raise DataError(f"weights: {key} differs from the embedding although config.json ties them; "
-                      "set tie_word_embeddings to false in config.json")
-  return params
+  """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
+  tied = HEAD if config.llm.tie_embeddings else None
+  return nodes.load(source, entries(config), tied, table.renamer(SPELLINGS), UNREAD, dtype)
 
 
 def write(
@@ -95,19 +86,13 @@ def write(
     UsageError: the directory holds a checkpoint, or the config is not a LLaVA.
     DiskError: it cannot be written.
   """
-  directory = Path(directory)
   kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
   theirs = {**write_config(config, image_token), "dtype": kind.name}
   tensors = table.export(params, entries(config), dtype)
   for name, value in zip(UNREAD, (1, 0), strict=True):
     filler = np.full(config.tower.width, value, kind)
     tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
-  if directory.exists() and any(directory.glob("*.safetensors*")):
-    raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
+  directory = safetensors_io.new_directory(directory)
   safetensors_io.write(directory, tensors, shard_bytes)
   safetensors_io.write_json(directory / "preprocessor_config.json", _processor(config))
   safetensors_io.write_json(directory / "config.json", theirs)
@@ -150,6 +135,7 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
     config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
   _processor_type(vision.get("model_type", "clip_vision_model"))
   config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
+  config.llm.final_soft_cap = 0.0  # their LLaVA never reads it
   config.tower.post_norm = False
   if vision.get("vision_use_head"):
     raise UsageError("config.json: vision_config.vision_use_head is true; the pooling head is not "
@@ -187,7 +173,7 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   """
   for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
                         ("connector.name", "mlp"), ("tower.post_norm", False),
-                        ("tower.pool", "none"), ("lora.rank", 0)):
+                        ("tower.pool", "none"), ("lora.rank", 0), ("llm.final_soft_cap", 0.0)):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "

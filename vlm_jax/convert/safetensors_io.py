@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlm_jax.core.errors import DataError, DiskError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,6 +93,23 @@ class Reader:
     """Closes every file."""
     self._files = {}
     self._stack.close()
+
+
+def new_directory(directory: str | os.PathLike) -> Path:
+  """Makes the directory of a checkpoint that is to be written, if missing.
+
+  Raises:
+    UsageError: it holds a checkpoint.
+    DiskError: it cannot be made.
+  """
+  directory = Path(directory)
+  if directory.exists() and any(directory.glob("*.safetensors*")):
+    raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
+  return directory
 
 
 def write(

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import big_vision, gguf, gguf_llama, llava, npz, pth, safetensors_io, table
+from vlm_jax.convert import (
+  big_vision,
+  gguf,
+  gguf_llama,
+  llava,
+  nodes,
+  npz,
+  pth,
+  safetensors_io,
+  table,
+)
 from vlm_jax.core import fusion
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten
@@ -141,7 +151,7 @@ def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str
   numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
   known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
   known.append(big_vision.UNREAD)
-  return lambda key: key.endswith(llava.BUFFERS) or any(row.fullmatch(key) for row in known)
+  return lambda key: key.endswith(nodes.BUFFERS) or any(row.fullmatch(key) for row in known)
 
 
 def _check_vocabulary(view: View, config: ConfigDict) -> None:

@@ -54,16 +54,21 @@ class Output:
     hidden: f[B,T,D] of the stream that speaks, after the last norm.
     head: f[D,V], the vocabulary projection (the transposed embedding when tied).
     cache: the cache with this call's keys and values appended, or None.
+    soft_cap: c of logits c tanh(logits / c), or None; who reads `head` must read it too.
   """
 
   hidden: Array
   head: Array
   cache: Cache | None = None
+  soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
 
   def logits(self) -> Array:
     """f32[B,T,V]. For training use the chunked losses, which never hold this array."""
-    return jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
-                            preferred_element_type=jax.numpy.float32)
+    logits = jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
+                              preferred_element_type=jax.numpy.float32)
+    if self.soft_cap is None:
+      return logits
+    return self.soft_cap * jax.numpy.tanh(logits / self.soft_cap)
 
 
 @jax.tree_util.register_dataclass

@@ -86,6 +86,16 @@ class IntervalMask:
       k_class = pick(k_class, k, 0)
     return IntervalMask(lo, hi, q_class, k_class, k_index)
 
+  def within(self, own: Array, window: int) -> "IntervalMask":
+    """The mask of which a query sees at most `window` keys back, its own counted; ahead, as before.
+
+    Args:
+      own: i32[..., T], the `k_index` of every query's own key.
+      window: in units of `k_index`.
+    """
+    xp = np if isinstance(self.lo, np.ndarray) else jnp
+    return dataclasses.replace(self, lo=xp.maximum(self.lo, own - window + 1))
+
   def picture(self, labels: str = "", num_keys: int | None = None) -> str:
     """The mask of one row as the 0/1 picture of the docstrings: a '1' per visible key, '.' else."""
     return draw(np.asarray(self.dense(num_keys)), labels)
@@ -121,8 +131,7 @@ def full(n: int) -> IntervalMask:
 
 def window(n: int, size: int) -> IntervalMask:
   """Causal, at most `size` tokens back, the token itself counted."""
-  index = np.arange(n, dtype=np.int32)
-  return IntervalMask(np.maximum(index - size + 1, 0).astype(np.int32), index + 1)
+  return causal(n).within(np.arange(n, dtype=np.int32), size)
 
 
 def prefix(n: int, length: int) -> IntervalMask:

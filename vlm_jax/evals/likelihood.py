@@ -28,7 +28,8 @@ def log_likelihoods(config: FrozenConfigDict, params: Params, flat: dict[str, Ar
   output = module.Model(config).apply({"params": params}, batch)
   stream = batch.streams[module.STREAM]
   wanted = stream.loss_weights[OBJECTIVE] > 0
-  return token_log_likelihoods(output.hidden, output.head, stream.targets, wanted)
+  return token_log_likelihoods(output.hidden, output.head, stream.targets, wanted,
+                               soft_cap=output.soft_cap)
 
 
 def of_layouts(

@@ -165,7 +165,7 @@ def lm_losses(output: Output, stream: Stream, config: ConfigDict) -> dict[str, A
   """lm: the next-token loss of the predicted tokens of the stream that speaks, f32[sources]."""
   return {"lm": loss_ops.cross_entropy_sums(
     output.hidden, output.head, stream.targets, stream.loss_weights["lm"], stream.source_ids,
-    len(config.data.sources),
+    len(config.data.sources), soft_cap=output.soft_cap,
   )}
 
 

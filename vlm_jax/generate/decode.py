@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import Batch, Stream, from_flat
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import Cache, Fusion, Output, find_fusion, find_llm
+from vlm_jax.core.fusion import Cache, Fusion, find_fusion, find_llm
 from vlm_jax.core.layout import IGNORE, mask_axes
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import precision
@@ -120,7 +120,7 @@ def prefill(model: Any, params: Params, batch: Batch, ends: Array, context: Cont
   batch = dataclasses.replace(batch, masks={**batch.masks, name: mask})
   output = model.apply({"params": params}, batch, cache=cache)
   hidden = jnp.take_along_axis(output.hidden, jnp.maximum(ends, 0)[..., None], axis=1)
-  return Output(hidden, output.head).logits(), output.cache
+  return dataclasses.replace(output, hidden=hidden).logits(), output.cache
 
 
 def extend(model: Any, params: Params, tokens: Array, step: Array, context: Context,

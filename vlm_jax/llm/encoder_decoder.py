@@ -25,7 +25,7 @@ from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import constrain
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.llm.llama import Embed, Head, empty_cache, head_dim
+from vlm_jax.llm._decoder import Embed, Head, empty_cache, head_dim
 from vlm_jax.nn import stack
 from vlm_jax.nn.attention import (
   Attention,

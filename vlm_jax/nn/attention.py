@@ -85,12 +85,14 @@ class Projections(nn.Module):
   Attributes:
     heads, groups: H query heads share G key/value groups, H a multiple of G.
     head_dim: C.
-    bias: whether the four projections have biases.
+    bias: whether queries, keys and values have biases.
     implementation: see `ops.attention`.
     precision: dtypes.
     qk_norm: how queries and keys are normalised before they turn, a name of `norms.QK_NORMS`; None:
       not at all.
     qk_norm_eps: of that norm.
+    out_bias: whether the last projection has a bias, None: as the other three.
+    scale, soft_cap: of the logits, see `ops.attention`.
   """
 
   heads: int
@@ -101,6 +103,9 @@ class Projections(nn.Module):
   precision: Precision
   qk_norm: str | None = None
   qk_norm_eps: float = 1e-6
+  out_bias: bool | None = None
+  scale: float | None = None
+  soft_cap: float | None = None
 
   def _query(self, x: Array) -> Array:
     return self._normed(self._project(x, self.heads, "heads", "query"), "query_norm")
@@ -120,9 +125,9 @@ class Projections(nn.Module):
 
   def _attend(self, q: Array, k: Array, v: Array, context: Context, width: int) -> Array:
     y = attention(q, k, v, context.mask, plan=context.plan, bias=context.bias,
-                  implementation=self.implementation)
-    axes = ("heads", "head", "embed")
-    return Linear((width,), axes, self.bias, self.precision, name="out")(y)
+                  scale=self.scale, soft_cap=self.soft_cap, implementation=self.implementation)
+    axes, biased = ("heads", "head", "embed"), self.bias if self.out_bias is None else self.out_bias
+    return Linear((width,), axes, biased, self.precision, name="out")(y)
 
 
 class Attention(Projections):

@@ -46,7 +46,7 @@ def record(run: Callable[..., Any], *arguments: Any, under: str) -> list[np.ndar
     q, k = projected["query"], projected["key"]
     if context.rotation is not None:
       q, k = (rotate(x, context.rotation) for x in (q, k))
-    weights = dense.weights(q, k, context.mask, module.head_dim**-0.5)
+    weights = dense.weights(q, k, context.mask, module.scale, module.soft_cap)
     jax.debug.callback(lambda values: found.append(np.asarray(values)), weights, ordered=True)
     return out
 

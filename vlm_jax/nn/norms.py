@@ -39,6 +39,26 @@ class RMSNorm(nn.Module):
     return x.astype(self.precision.compute) * scale.astype(self.precision.compute)
 
 
+class OffsetRMSNorm(nn.Module):
+  """x / rms(x) * (1 + scale), all in f32, then the compute dtype: Gemma (arXiv:2403.08295).
+
+  Attributes:
+    eps, precision: as `RMSNorm`.
+  """
+
+  eps: float
+  precision: Precision
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """f[..., D] to f[..., D] in the compute dtype."""
+    scale = parameter(self, "scale", initializers.zeros, x.shape[-1:], ("norm",),
+                      self.precision.param)
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+    return (x * (1 + scale.astype(jnp.float32))).astype(self.precision.compute)
+
+
 class LayerNorm(nn.Module):
   """(x - mean) / std * scale + bias (arXiv:1607.06450), all in f32, then the compute dtype.
 
@@ -68,6 +88,7 @@ class LayerNorm(nn.Module):
 # they are rotated, which bounds the logits whatever the projections grow to.
 QK_NORMS = MappingProxyType({
   "rms": RMSNorm,  # one scale for all heads: Qwen3
+  "rms_offset": OffsetRMSNorm,  # the same, of scale 1 + s: Gemma 3
   "layer": LayerNorm,  # one scale and bias for all heads: Persimmon (Fuyu)
   "layer_per_head": functools.partial(LayerNorm, scaled=2),  # of every head its own: Chameleon
 })

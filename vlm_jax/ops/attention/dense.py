@@ -17,9 +17,11 @@ def declines(request: Request) -> str | None:
   del request
 
 
-def weights(q: Array, k: Array, mask: IntervalMask, scale: float) -> Array:
+def weights(q: Array, k: Array, mask: IntervalMask, scale: float | None = None,
+            soft_cap: float | None = None) -> Array:
   """The softmax f32[B,H,T,S] of q f[B,T,H,C] and k f[B,S,G,C]; 0 outside the mask."""
-  return _softmax(_logits(q, k, scale, None, None, None), mask, k.shape[1])[0]
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  return _softmax(_logits(q, k, scale, soft_cap, None, None), mask, k.shape[1])[0]
 
 
 def _logits(q, k, scale, soft_cap, bias, k_bias) -> Array:
