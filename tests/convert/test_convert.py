@@ -13,13 +13,15 @@ import transformers
 from PIL import Image
 
 from tests.convert import tiny_llava
-from tests.convert.written import Tensors
+from tests.convert.written import Tensors, llama_gguf
 from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
 from vlm_jax.convert import hf_text, llava, safetensors_io, table
 from vlm_jax.core.errors import DATA, DISK, USAGE, DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.data.tokenizer import load as load_tokenizer
 from vlm_jax.generate.answer import answer
 from vlm_jax.train.loop import train
 
@@ -157,7 +159,7 @@ def test_dtype_only_when_asked(made, capsys):
   (["--to=gguf", "--out=x"], USAGE, "--to is 'gguf'; known: hf, peft"),
   (["--to=peft", "--out=x"], USAGE, "config.lora.rank is 0"),
   (["--to=hf", "--from=hf", "--out=x"], USAGE, "either --from"),
-  (["--from=hf", "--out=x"], USAGE, "--from needs --config"),
+  (["--from=hf", "--out=x"], USAGE, "--from=hf needs --config"),
   (["--to=hf", "--out=/proc/x"], DISK, "cannot be written"),
 ])
 def test_refusals_are_one_sentence(made, capsys, flags, code, sentence):
@@ -193,13 +195,51 @@ def test_foreign_marks_become_ours(made, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(
     {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"}))
   inner, new = hf_text.read(tmp_path, tiny_llava.ROWS)
-  assert new == ["<user>", "<assistant>"]
+  assert new == ["<user> is new", "<assistant> is new"]
   assert inner.token_to_id("<eos>") == vocab["<eos>"] and inner.token_to_id("<user>") == 270
-  with pytest.raises(UsageError, match="it has 272 tokens, but the embedding has 271 rows"):
-    hf_text.read(tmp_path, 271)
+  inner, new = hf_text.read(tmp_path, 271)
+  assert new == ["<user> is new", "<assistant> takes the place of <x2>"]
+  assert inner.token_to_id("<assistant>") == vocab["<assistant>"]
+  assert Tokenizer(inner).decode(Tokenizer(inner).encode("a red circle")) == "a red circle"
+  content["added_tokens"] = [token for token in content["added_tokens"]
+                             if "x" not in token["content"]]
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(UsageError, match="no room for the mark <user>: all 270 rows"):
+    hf_text.read(tmp_path, 270)
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(DataError, match="not a usable tokenizer.json"):
     hf_text.read(tmp_path, tiny_llava.ROWS)
+
+
+def test_a_gguf_file_becomes_a_checkpoint(made, capsys):
+  folder, config, flat = made
+  inner = json.loads((folder / "tokenizer.json").read_text())
+  tokens = sorted(inner["model"]["vocab"], key=inner["model"]["vocab"].get)
+  tokens += [f"<x{row}>" for row in range(len(tokens), tiny_llava.ROWS)]
+  names = {"<bos>": "<s>", "<eos>": "</s>"}
+  mine = {path.removeprefix("llm/"): a for path, a in flat.items() if path.startswith("llm/")}
+  llama_gguf(folder / "a.gguf", mine, config.llm, **{
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [names.get(token, token) for token in tokens],
+    "tokenizer.ggml.merges": [" ".join(pair) for pair in inner["model"]["merges"]],
+    "tokenizer.ggml.token_type": [3 if token.startswith("<") and len(token) > 2 else 1
+                                  for token in tokens],
+    "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
+  assert cli.main(["convert", str(folder / "a.gguf"), "--from=gguf", f"--out={folder / 'llama'}",
+                   "--dtype=float32", "--check"]) == 0
+  assert "yet to learn" not in capsys.readouterr().out
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    folder / "llama", output_loading_info=True)
+  assert not any(info.values()), info
+  np.testing.assert_array_equal(
+    model.model.layers[1].mlp.up_proj.weight.detach().numpy(),
+    flat["llm/layers/mlp/up/kernel"][1].T.astype(np.float16).astype(np.float32))
+  theirs = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+  ours = load_tokenizer(str(folder / "llama" / "vlm_tokenizer.json"))
+  text = "what is this? a red circle 12"
+  assert theirs(text)["input_ids"] == ours.encode(text) == Tokenizer(
+    load_tokenizer(str(folder / "tokenizer.json")).inner).encode(text)
+  assert (ours.bos, ours.eos, theirs.eos_token) == (1, 2, "</s>")
 
 
 def test_every_recipe_has_the_new_fields():

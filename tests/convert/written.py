@@ -64,8 +64,8 @@ def gguf(path, fields, tensors):
   path.write_bytes(head + b"\0" * (-len(head) % 32) + body)
 
 
-def llama_gguf(path, params, config):
-  """Writes the parameters of an `llm` (llama, tied) as llama.cpp does; returns what f16 keeps."""
+def llama_gguf(path, params, config, **fields):
+  """Writes the parameters of an `llm` (llama, tied) as llama.cpp does, matrices in f16."""
   heads = {"query": config.heads, "key": config.kv_heads}
   pairs = lambda w, n: w.reshape(n, 2, w.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(w.shape)
   tensors = {}
@@ -93,4 +93,5 @@ def llama_gguf(path, params, config):
     "llama.embedding_length": config.width, "llama.feed_forward_length": config.mlp,
     "llama.attention.head_count": config.heads, "llama.attention.head_count_kv": config.kv_heads,
     "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0,
+    **fields,
   }, tensors)

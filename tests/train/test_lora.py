@@ -40,23 +40,31 @@ def flat_batch(config, seed=0):
   return testing.pack(testing.lay_out(testing.documents(seed), config), config)[0]
 
 
-@pytest.mark.parametrize("targets,frozen,stage,top", [
-  ((QUERIES,), (), "all", {"llm"}),
-  ((".*",), ("llm/layers[:1]",), "all", {"llm", "tower", "connector"}),
-  ((".*",), (), "projector", {"connector"}),
-], ids=["queries", "everything", "stage"])
-def test_exactly_the_adapters_train(targets, frozen, stage, top):
-  config = recipe(targets, dropout=0.1)
-  config.optim.frozen, config.fusion.stage = frozen, stage
-  config.train.accumulation = 2
-  config.data.rows = 4
-  mesh, module = make_mesh(config), find_fusion(config)
-  init, leaves = states.initializer(module, config)
+@pytest.mark.parametrize("targets,stage,top", [
+  ((QUERIES,), "all", {"llm"}),
+  ((".*",), "finetune", {"llm", "connector"}),
+  ((".*",), "projector", {"connector"}),
+], ids=["queries", "finetune", "projector"])
+def test_stages_and_targets_choose_adapters(targets, stage, top):
+  config = recipe(targets)
+  config.fusion.stage = stage
+  module = find_fusion(config)
+  _, leaves = states.initializer(module, config)
   optimizer = make_optimizer(config, module.STAGES, leaves)
   assert {path.split("/")[0] for path in optimizer.trainable} == top
   assert all(map(is_adapter, optimizer.trainable))
-  moments = flatten(optimizer.init(states.abstract_params(leaves, mesh))[1].mu)
+  moments = flatten(optimizer.init(states.abstract_params(leaves, make_mesh(config)))[1].mu)
   assert set(moments) == set(optimizer.trainable)
+
+
+def test_exactly_the_adapters_train():
+  """At every linear layer, with dropout, accumulation and a frozen layer of the stack."""
+  config = recipe((".*",), dropout=0.1)
+  config.optim.frozen = ("llm/layers[:1]",)
+  config.train.accumulation, config.data.rows = 2, 4
+  mesh, module = make_mesh(config), find_fusion(config)
+  init, leaves = states.initializer(module, config)
+  optimizer = make_optimizer(config, module.STAGES, leaves)
   abstract = states.abstract_state(leaves, optimizer.init, mesh)
   state = states.create(init, optimizer.init, abstract, seed=0)
   before = jax.device_get(flatten(state.params))
@@ -67,8 +75,9 @@ def test_exactly_the_adapters_train(targets, frozen, stage, top):
   for path, leaf in jax.device_get(flatten(state.params)).items():
     moved = leaf != before[path]
     if path not in optimizer.trainable:
+      assert not is_adapter(path)
       np.testing.assert_array_equal(leaf, before[path], err_msg=path)
-    elif frozen and path.startswith("llm/layers"):
+    elif path.startswith("llm/layers"):
       assert not moved[0].any() and moved[1].any(), path
     else:
       assert moved.reshape(len(leaf), -1).any(axis=-1).all() or "layers" not in path, path

@@ -3,13 +3,15 @@
   vlm-jax convert DIRECTORY --from=hf --out=RUN --config=configs/llava.py
   vlm-jax convert RUN --to=hf --out=DIRECTORY
   vlm-jax convert RUN --to=peft --out=DIRECTORY
+  vlm-jax convert FILE.gguf --from=gguf --out=DIRECTORY
 
 The first reads a LLaVA of Hugging Face: its config.json decides the model, the recipe everything
 else. RUN then holds step 0; `vlm-jax train --workdir=RUN` trains it, `evaluate`, `generate` and
 `predict` use it. The second writes weights, config, processor, tokenizer and chat template as
-transformers loads them, adapters merged; the third only the adapters, as PEFT loads them. To start
-a module alone from weights of another program, set config.tower.init, config.connector.init or
-config.llm.init in a recipe.
+transformers loads them, adapters merged; the third only the adapters, as PEFT loads them. The last
+writes a Llama of llama.cpp as transformers loads it, with a tokenizer for config.data.tokenizer
+beside it. To start a module alone from weights of another program, set config.tower.init,
+config.connector.init or config.llm.init in a recipe.
 """
 
 import argparse
@@ -20,15 +22,15 @@ from vlm_jax.cli import config as recipes
 from vlm_jax.core.errors import DataError, UsageError, nearest
 
 SUMMARY = "read or write checkpoints of other programs"
-FROM, TO = ("hf",), ("hf", "peft")
+FROM, TO = ("hf", "gguf"), ("hf", "peft")
 DTYPES = ("float32", "bfloat16")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   parser.add_argument("source", metavar="SOURCE", help="checkpoint or run directory")
-  parser.add_argument("--from", dest="origin", metavar="KIND", help=f"{', '.join(FROM)}: SOURCE is "
-                      "a checkpoint of this kind, --out a run")
+  parser.add_argument("--from", dest="origin", metavar="KIND", help="hf: SOURCE is a checkpoint, "
+                      "--out a run; gguf: SOURCE is a file, --out a checkpoint")
   parser.add_argument("--to", metavar="KIND", help=f"{', '.join(TO)}: SOURCE is a run, --out a "
                       "checkpoint of this kind")
   parser.add_argument("--out", required=True, help="new directory")
@@ -49,12 +51,33 @@ def run(args: argparse.Namespace) -> None:
                              ("--dtype", args.dtype or None, DTYPES)):
     if value is not None and value not in known:
       raise UsageError(f"{flag} is '{value}'; {nearest(value, known)}")
-  if args.origin and (args.step is not None or not args.config):
-    raise UsageError("--from needs --config, the recipe of everything but the model, and has no "
-                     "--step")
-  if args.to and (args.config or args.overrides):
-    raise UsageError("--to takes no --config: the run has its own")
-  import_run(args) if args.origin else export_run(args)
+  if args.origin and args.step is not None:
+    raise UsageError("--from takes no --step: a checkpoint has one")
+  if args.origin == "hf" and not args.config:
+    raise UsageError("--from=hf needs --config, the recipe of everything but the model")
+  if args.origin != "hf" and (args.config or args.overrides):
+    raise UsageError("only --from=hf takes a --config")
+  {"hf": import_run, "gguf": import_gguf, None: export_run}[args.origin](args)
+
+
+def import_gguf(args: argparse.Namespace) -> None:
+  """A GGUF file as a checkpoint of Hugging Face."""
+  from vlm_jax.convert import gguf_llama, nodes, table
+  from vlm_jax.core.writing import new_directory
+
+  with new_directory(args.out) as directory:
+    notes = gguf_llama.write(Path(args.source), directory,
+                             table.dtype_of(args.dtype) if args.dtype else None)
+    if args.check:
+      nodes.read_node(directory, "llm")
+  print(f"{args.out}: for config.llm.init, and vlm_tokenizer.json for config.data.tokenizer")
+  told(notes)
+
+
+def told(notes: list[str]) -> None:
+  """Says which marks the model has yet to learn."""
+  if notes:
+    print(f"marks of turns and pictures that the model has yet to learn: {', '.join(notes)}")
 
 
 def import_run(args: argparse.Namespace) -> None:
@@ -85,8 +108,7 @@ def import_run(args: argparse.Namespace) -> None:
       checkpoint_tools.sound(directory / checkpoint_tools.FOLDER, 0, ("params",))
   print(f"{out}: {size:,} parameters in {config.precision.param}, as step 0; e.g. vlm-jax train "
         f"--workdir={args.out}")
-  if new:
-    print(f"new tokens, which the model has yet to learn: {', '.join(new)}")
+  told(new)
 
 
 def one_dtype(flat: dict) -> str:

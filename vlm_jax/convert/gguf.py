@@ -32,22 +32,23 @@ def _nibbles(blocks: np.ndarray) -> np.ndarray:
 
 
 class Kind(NamedTuple):
-  """A type of tensor: bytes of `values` values, and how they become numbers."""
+  """A type of tensor: bytes of `values` values, and how they become numbers of a dtype."""
 
   name: str
   size: int
   values: int
   decode: Callable[[np.ndarray], np.ndarray]
+  dtype: np.dtype = np.dtype(np.float32)
 
 
 # By the number that the file has for them; u8[n,size] to values.
 KINDS = {
   0: Kind("F32", 4, 1, lambda b: b.view(np.float32)),
-  1: Kind("F16", 2, 1, lambda b: b.view(np.float16)),
+  1: Kind("F16", 2, 1, lambda b: b.view(np.float16), np.dtype(np.float16)),
   2: Kind("Q4_0", 18, BLOCK, lambda b: _scale(b, 0) * (_nibbles(b[:, 2:]) - 8)),
   3: Kind("Q4_1", 20, BLOCK, lambda b: _scale(b, 0) * _nibbles(b[:, 4:]) + _scale(b, 2)),
   8: Kind("Q8_0", 34, BLOCK, lambda b: _scale(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)),
-  30: Kind("BF16", 2, 1, lambda b: b.view(ml_dtypes.bfloat16)),
+  30: Kind("BF16", 2, 1, lambda b: b.view(ml_dtypes.bfloat16), np.dtype(ml_dtypes.bfloat16)),
 }
 
 
@@ -66,6 +67,7 @@ class Reader:
   Attributes:
     fields: metadata by name, e.g. "llama.block_count".
     shapes: key to shape, known without reading any.
+    dtypes: key to dtype, f32 for quantised tensors.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -86,6 +88,7 @@ class Reader:
         raise DataError(f"{self.path}: '{key}' ends at byte {place.start + place.size} but the "
                         f"file has {len(self._data)}; it is truncated, download it again")
     self.shapes = {key: place.shape for key, place in self._places.items()}
+    self.dtypes = {key: place.kind.dtype for key, place in self._places.items()}
 
   def __getitem__(self, key: str) -> np.ndarray:
     place = self._places[key]

@@ -6,12 +6,14 @@ this only doubles the perplexity.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from vlm_jax.convert import hf_text, safetensors_io
 from vlm_jax.convert.gguf import Reader
 from vlm_jax.core.errors import DataError, UsageError
 
@@ -35,6 +37,8 @@ SPLITS = {  # how text is cut before the byte pairs are merged, by tokenizer.ggm
              pre_tokenizers.ByteLevel(add_prefix_space=False)],
   "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
+TOLD = {"bos_token": "tokenizer.ggml.bos_token_id", "eos_token": "tokenizer.ggml.eos_token_id",
+        "unk_token": "tokenizer.ggml.unknown_token_id"}
 CONTROL = 3  # token type of marks such as <|im_end|>
 
 
@@ -44,6 +48,7 @@ class Source:
   Attributes:
     config: the config.json that describes them.
     shapes: key to shape.
+    dtypes: key to dtype.
   """
 
   def __init__(self, reader: Reader):
@@ -64,12 +69,50 @@ class Source:
                         "family or a variant that is not known")
       self._names[f"model.layers.{layer[1]}.{name}" if layer else name] = key
     self.shapes = {name: reader.shapes[key] for name, key in self._names.items()}
+    self.dtypes = {name: reader.dtypes[key] for name, key in self._names.items()}
 
   def __getitem__(self, key: str) -> np.ndarray:
     theirs = self._names[key]
     array = self._reader[theirs]
     field = HEADS.get(theirs.partition(".")[2].partition(".")[2])
     return halves(array, self.config[field]) if field else array
+
+
+def write(path: Path, directory: Path, dtype: np.dtype | None = None) -> list[str]:
+  """Writes a GGUF file as a `LlamaForCausalLM` of Hugging Face, tensor by tensor.
+
+  Args:
+    path: the file.
+    directory: exists; gets weights, config.json, tokenizer.json as published, and
+      vlm_tokenizer.json, the same with our marks (`hf_text.adopt`) for `config.data.tokenizer`.
+    dtype: of the weights; None: as in the file, f32 for quantised ones.
+
+  Returns:
+    What `hf_text.adopt` says of marks.
+
+  Raises:
+    UsageError: as `Source`, or a tokenizer that is not known.
+    DataError: the file is damaged.
+    DiskError: it cannot be written.
+  """
+  with Reader(path) as reader:
+    source, tokenizer = Source(reader), read_tokenizer(reader)
+    told = {role: reader.fields["tokenizer.ggml.tokens"][reader.fields[field]]
+            for role, field in TOLD.items() if field in reader.fields}
+    safetensors_io.write(directory, {
+      key: safetensors_io.Tensor(
+        shape, dtype or source.dtypes[key],
+        lambda key=key: source[key].astype(dtype or source.dtypes[key], copy=False))
+      for key, shape in source.shapes.items()})
+    tokenizer.save(str(directory / hf_text.TOKENIZER))
+    ours, notes = hf_text.adopt(tokenizer.to_str(), told, source.config["vocab_size"])
+    ours.save(str(directory / "vlm_tokenizer.json"))
+    template = reader.fields.get("tokenizer.chat_template")
+    safetensors_io.write_json(directory / "tokenizer_config.json", {
+      "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **told,
+      **({"chat_template": template} if template else {})})
+    safetensors_io.write_json(directory / "config.json", source.config)
+  return notes
 
 
 def halves(array: np.ndarray, heads: int) -> np.ndarray:

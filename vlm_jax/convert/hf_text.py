@@ -9,10 +9,9 @@ from pathlib import Path
 
 import tokenizers
 from ml_collections import ConfigDict
-from tokenizers import AddedToken
 
 from vlm_jax.convert import safetensors_io
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.errors import DataError, UsageError, UserError
 from vlm_jax.data import tokenizer as our
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -66,52 +65,83 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def read(directory: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[str]]:
-  """The tokenizer of a checkpoint, with our marks among its special tokens.
-
-  Theirs that mean the same take our names. Marks that they have no token for (of whose turn it is)
-  become new tokens in rows of the vocabulary that no token uses: the model has yet to learn them.
+  """The tokenizer of a checkpoint with our marks, see `adopt`.
 
   Args:
     directory: of the checkpoint.
     vocab_size: rows of its embedding.
 
-  Returns:
-    The tokenizer, and the marks that are new.
-
   Raises:
     DataError: there is no readable tokenizer.json.
-    UsageError: there are fewer free rows than new marks.
+    UsageError: there is no room for our marks.
   """
-  path = directory / TOKENIZER
-  try:
-    content = json.loads(path.read_text())
-    names = _names(directory)
-    for token in content["added_tokens"]:
-      token["content"] = names.get(token["content"], token["content"])
-    vocab = content["model"]["vocab"]
-    if isinstance(vocab, dict):
-      content["model"]["vocab"] = {names.get(token, token): row for token, row in vocab.items()}
-    content["post_processor"] = None  # it would add the marks under their old names
-    inner = tokenizers.Tokenizer.from_str(json.dumps(content))
-  except Exception as error:  # the library raises bare Exception for every broken file
-    raise DataError(f"{path} is not a usable tokenizer.json ({error}); put the one of the model "
-                    "there") from error
-  new = [mark for mark in our.SPECIALS if inner.token_to_id(mark) is None]
-  inner.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in new])
-  size = inner.get_vocab_size(with_added_tokens=True)
-  if size > vocab_size:
-    raise UsageError(f"{path}: with the marks {', '.join(new)} it has {size} tokens, but the "
-                     f"embedding has {vocab_size} rows; give the checkpoint more rows first")
-  return inner, new
-
-
-def _names(directory: Path) -> dict[str, str]:
-  """Their special tokens to our marks; two of ours may not be one of theirs."""
-  told: dict = {}
+  path, told = directory / TOKENIZER, {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (directory / name).exists():
       told |= safetensors_io.read_json(directory / name)
   told |= told.get("extra_special_tokens") or {}
+  try:
+    return adopt(path.read_text(), told, vocab_size)
+  except UserError:
+    raise
+  except Exception as error:  # the library raises bare Exception for every broken file
+    raise DataError(f"{path} is not a usable tokenizer.json ({error}); put the one of the model "
+                    "there") from error
+
+
+def adopt(text: str, told: dict, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """A tokenizer with our marks among its special tokens.
+
+  Theirs that mean the same take our names. Marks that they have no token for become new tokens in
+  rows of the vocabulary that no token uses, or, without such rows, take those of their last
+  special tokens.
+
+  Args:
+    text: of a tokenizer.json.
+    told: the special tokens of tokenizer_config.json, by `ROLES`.
+    vocab_size: rows of the embedding.
+
+  Returns:
+    The tokenizer, and a line for every mark that the model has yet to learn.
+
+  Raises:
+    UsageError: there are neither rows nor special tokens left.
+  """
+  content = json.loads(text)
+  names, notes = _names(told), []
+  specials = [token["content"] for token in sorted(content["added_tokens"], key=_row)
+              if token["special"]]
+  have = (set(specials) - set(names)) | set(names.values())
+  missing = [mark for mark in our.SPECIALS if mark not in have]
+  used = max([*content["model"]["vocab"].values(), *map(_row, content["added_tokens"])]) + 1
+  spare = [token for token in specials if token not in names and token not in our.SPECIALS]
+  for mark in missing:
+    if used < vocab_size:
+      content["added_tokens"].append({
+        "id": used, "content": mark, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True})
+      notes.append(f"{mark} is new")
+      used += 1
+    elif spare:
+      notes.append(f"{mark} takes the place of {spare[-1]}")
+      names[spare.pop()] = mark
+    else:
+      raise UsageError(f"the tokenizer has no room for the mark {mark}: all {vocab_size} rows of "
+                       "the embedding are in use; give the checkpoint more rows first")
+  for token in content["added_tokens"]:
+    token["content"] = names.get(token["content"], token["content"])
+  content["model"]["vocab"] = {names.get(token, token): row
+                               for token, row in content["model"]["vocab"].items()}
+  content["post_processor"] = None  # it would add the marks under their old names
+  return tokenizers.Tokenizer.from_str(json.dumps(content)), notes
+
+
+def _row(token: dict) -> int:
+  return token["id"]
+
+
+def _names(told: dict) -> dict[str, str]:
+  """Their special tokens to our marks; two of ours may not be one of theirs."""
   names: dict[str, str] = {}
   for mark, field in ROLES.items():
     token = told.get(field, "<image>" if mark == our.IMAGE else None)

@@ -186,9 +186,13 @@ def space(directory: Path, size: int) -> None:
   """Refuses to begin what does not fit on the disk.
 
   Raises:
-    DiskError: fewer than `size` bytes are free.
+    DiskError: fewer than `size` bytes are free, or there is no such directory.
   """
-  free = shutil.disk_usage(directory).free
+  try:
+    free = shutil.disk_usage(directory).free
+  except OSError as error:
+    raise DiskError(f"{directory}: cannot be written ({error.strerror}); make it or choose another"
+                    ) from error
   if size > free:
     raise DiskError(f"{directory}: {size / 1e9:,.2f} GB are to be written and {free / 1e9:,.2f} GB "
                     "are free; free space or choose another directory")
