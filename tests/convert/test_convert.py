@@ -19,10 +19,13 @@ from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
 from vlm_jax.convert import hf_text, llava, safetensors_io, table
 from vlm_jax.core.errors import DATA, DISK, USAGE, DataError, UsageError
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.data.tokenizer import load as load_tokenizer
 from vlm_jax.generate.answer import answer
+from vlm_jax.train import initial
+from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
 
 transformers.utils.logging.disable_progress_bar()
@@ -209,6 +212,30 @@ def test_foreign_marks_become_ours(made, tmp_path):
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(DataError, match="not a usable tokenizer.json"):
     hf_text.read(tmp_path, tiny_llava.ROWS)
+
+
+def test_adapters_are_merged_or_written_alone(made, capsys):
+  folder, config, flat = made
+  config = config.copy_and_resolve_references()
+  config.lora.update(rank=2, alpha=6.0)
+  drawn = tiny_llava.noise(config, seed=1)
+  both = {path: flat.get(path, leaf) for path, leaf in drawn.items()}
+  tiny_llava.write_run(folder / "lora", config, both)
+  assert cli.main(["convert", str(folder / "lora"), "--to=hf", f"--out={folder / 'merged'}",
+                   "--check"]) == 0
+  assert "adapters merged; 57 arrays" in capsys.readouterr().out
+  with safetensors_io.Reader(folder / "merged") as reader:
+    got = reader["language_model.model.layers.1.self_attn.v_proj.weight"]
+  at = lambda path: both[f"llm/layers/attention/value/{path}"][1].reshape(32, -1)
+  product = at("lora_a") @ both["llm/layers/attention/value/lora_b"][1].reshape(2, -1)
+  np.testing.assert_allclose(got, (at("kernel") + 3.0 * product).T, rtol=1e-5, atol=1e-6)
+  assert cli.main(["convert", str(folder / "lora"), "--to=peft", f"--out={folder / 'peft'}"]) == 0
+  config.lora.init, config.llm.init = str(folder / "peft"), str(folder / "run")
+  _, leaves = states.initializer(find_fusion(config), config)
+  found = initial.read(config, leaves)
+  assert set(found) == {path for path in both if path.startswith("llm/")}
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, both[path], err_msg=path)
 
 
 def test_a_gguf_file_becomes_a_checkpoint(made, capsys):
