@@ -9,6 +9,7 @@ import torch
 from flax.core import meta
 from transformers import Qwen3Config
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import (
   Qwen3Attention,
   Qwen3RMSNorm,
@@ -29,10 +30,11 @@ HEADS, WIDTH = 3, 8
 TOLERANCE = 2e-6
 REFERENCES = {
   "rms": lambda: Qwen3RMSNorm(WIDTH, eps=1e-6),
+  "rms_offset": lambda: Gemma3RMSNorm(WIDTH, eps=1e-6),
   "layer": lambda: torch.nn.LayerNorm(WIDTH, eps=1e-5),
   "layer_per_head": lambda: ChameleonLayerNorm((HEADS, WIDTH)),
 }
-EPS = {"rms": 1e-6, "layer": 1e-5, "layer_per_head": 1e-5}
+EPS = {"rms": 1e-6, "rms_offset": 1e-6, "layer": 1e-5, "layer_per_head": 1e-5}
 
 
 def drawn(kind: str):

@@ -131,8 +131,7 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
   text, vision = theirs.get("text_config", {}), theirs.get("vision_config", {})
   config.fusion.name, config.fusion.image_attention = "concat", "causal"
   config.llm.update(nodes.read(text, "llm", "llama"))
-  if "tie_word_embeddings" in theirs:
-    config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
+  config.llm.tie_embeddings |= bool(theirs.get("tie_word_embeddings"))
   _processor_type(vision.get("model_type", "clip_vision_model"))
   config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
   config.llm.final_soft_cap = 0.0  # their LLaVA never reads it

@@ -93,7 +93,8 @@ class IntervalMask:
       own: i32[..., T], the `k_index` of every query's own key.
       window: in units of `k_index`.
     """
-    xp = np if isinstance(self.lo, np.ndarray) else jnp
+    host = isinstance(self.lo, np.ndarray) and isinstance(own, np.ndarray)
+    xp = np if host else jnp
     return dataclasses.replace(self, lo=xp.maximum(self.lo, own - window + 1))
 
   def picture(self, labels: str = "", num_keys: int | None = None) -> str:
