@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +36,14 @@ RECIPE = """from tests.convert import tiny_llava
 def get_config(arg=""):
   return tiny_llava.get_config()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  """Tiny models: compiling is all the time there is."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,18 @@ def test_transformers_generates_the_same_tokens(made, said):
   assert len(set(theirs)) > 2
   assert theirs == said["tokens"] + [EOS] * said["stopped"]
   assert inputs["input_ids"].shape[1] == said["prompt_tokens"]
+
+
+def test_a_class_token_is_no_slot(made, tmp_path):
+  folder, config, _ = made
+  config = config.copy_and_resolve_references()
+  config.tower.update(class_token=True, pre_norm=True, patch_bias=False, feature_layer=-2)
+  llava.write(tmp_path / "clip", config, unflatten(tiny_llava.noise(config)), image_token=5)
+  hf_text.write(tmp_path / "clip", config, load_tokenizer(config.data.tokenizer))
+  processor = transformers.AutoProcessor.from_pretrained(tmp_path / "clip")
+  inputs = processor(images=Image.open(folder / "a.png"), text="<image><user>what",
+                     return_tensors="pt")
+  assert int((inputs["input_ids"] == 5).sum()) == 4
 
 
 def test_back_is_the_run(made):

@@ -28,6 +28,14 @@ TOLERANCE = 2e-6  # of logits; measured 4e-7
 QUERIES = "llm/.*/attention/(query|value)"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  """Tiny models: compiling is all the time there is."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def recipe(targets=(QUERIES,), **lora):
   config = testing.get_config("concat", "causal")
   config.lora.update(rank=3, targets=tuple(targets), **lora)
