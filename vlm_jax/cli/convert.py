@@ -91,15 +91,15 @@ def import_run(args: argparse.Namespace) -> None:
 
   source, out = Path(args.source), Path(args.out).absolute()
   dtype = np.dtype(table.dtype_of(args.dtype)) if args.dtype else None
-  config = llava.read_config(safetensors_io.read_json(source / "config.json"), recipes.read(args))
-  config.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
+  recipe = recipes.read(args).copy_and_resolve_references()
+  recipe.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
+  recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
+  config = llava.read_config(safetensors_io.read_json(source / "config.json"), recipe)
   tokenizer, new = hf_text.read(source, config.llm.vocab_size)
-  config.data.tokenizer = str(out / hf_text.TOKENIZER)
   with new_directory(out) as directory:
     size = sum(np.prod(shape, dtype=np.int64) for shape in llava.shapes(config).values())
     safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
-    with safetensors_io.Reader(source) as reader:
-      params = llava.load(reader, config, dtype)
+    config, params = llava.read(source, recipe, dtype)
     config.precision.param = one_dtype(flatten(params))
     tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,

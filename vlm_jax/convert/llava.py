@@ -38,15 +38,17 @@ PROCESSORS = {"clip_vision_model": "CLIPImageProcessor",
               "siglip_vision_model": "SiglipImageProcessor"}
 
 
-def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
+def read(directory: str | os.PathLike, config: ConfigDict,
+         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
   """Reads a LLaVA checkpoint.
 
   Args:
     directory: holds config.json and safetensors weights, in any of the three spellings.
     config: any recipe; everything that does not describe the model stays as it is.
+    dtype: of the parameters; None: the file's.
 
   Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays in the file's dtypes.
+    The config of the checkpoint's model, and its parameters as numpy arrays.
 
   Raises:
     DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
@@ -55,7 +57,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
   with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config)
+    return config, load(reader, config, dtype)
 
 
 def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:

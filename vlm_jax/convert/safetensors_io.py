@@ -174,7 +174,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     with open(temporary, "wb") as file:
       file.write(struct.pack("<Q", len(text)) + text)
       for key, tensor in tensors.items():
-        array = np.ascontiguousarray(tensor.get())
+        array = np.require(tensor.get(), requirements="C")  # ascontiguousarray has no scalars
         if (array.shape, array.dtype) != (tuple(tensor.shape), tensor.dtype):
           raise ValueError(f"{key} is {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}")
         file.write(array.reshape(-1).view(np.uint8).data)

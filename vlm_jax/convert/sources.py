@@ -89,10 +89,11 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
   """
   name = config[node].name
   module = fusion.find(FLOORS[node], name, outside=config.outside)
-  tables = [keys for keys in (getattr(module, "KEYS", None), big_vision.TABLES.get(name)) if keys]
+  tables = [keys for keys in (getattr(module, "KEYS", ()), big_vision.TABLES.get(name, ()))
+            if not set(shapes) - {path for path, _, _ in keys}]
   if not tables:
-    raise UsageError(f"config.{node}.init: '{name}' has no table of keys, so no weights of another "
-                     "program are known for it")
+    raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so no "
+                     "weights of another program are known for it")
   try:
     with open_source(path) as source:
       view, keys = find(source, tables, shapes)
@@ -113,6 +114,10 @@ def find(source: table.Source, tables: list[table.Keys],
   """
   rename = table.renamer(_spellings(source))
   spelled = {rename(key): key for key in source.shapes}
+  if len(spelled) < len(source.shapes):
+    twice = sorted(set(source.shapes) - set(spelled.values()))
+    raise DataError(f"weights: '{twice[0]}' and '{spelled[rename(twice[0])]}' are two spellings of "
+                    "one tensor; remove one of them")
   best: tuple[int, str, table.Keys] = (0, "", tables[0])
   for keys in tables:
     expected = {entry.key for entry in table.entries((("", "", keys),), shapes)}
