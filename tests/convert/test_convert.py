@@ -210,7 +210,8 @@ def test_a_full_disk_is_told_first(made, monkeypatch, capsys):
 def test_foreign_marks_become_ours(made, tmp_path):
   folder, _, _ = made
   content = json.loads((folder / "hf" / "tokenizer.json").read_text())
-  names = {"<bos>": "<s>", "<eos>": "</s>", "<user>": "<x1>", "<assistant>": "<x2>"}
+  names = {"<bos>": "<s>", "<eos>": "</s>", "<user>": "<x1>", "<assistant>": "<x2>",
+           "<image>": "<picture>"}
   for token in content["added_tokens"]:
     token["content"] = names.get(token["content"], token["content"])
   vocab = content["model"]["vocab"]
@@ -219,16 +220,17 @@ def test_foreign_marks_become_ours(made, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(
     {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"}))
   inner, new = hf_text.read(tmp_path, tiny_llava.ROWS)
-  assert new == ["<user> is new", "<assistant> is new"]
+  assert new == ["<user> is new", "<assistant> is new", "<image> takes the place of <picture>"]
   assert inner.token_to_id("<eos>") == vocab["<eos>"] and inner.token_to_id("<user>") == 270
   inner, new = hf_text.read(tmp_path, 271)
-  assert new == ["<user> is new", "<assistant> takes the place of <x2>"]
-  assert inner.token_to_id("<assistant>") == vocab["<assistant>"]
+  assert new == ["<user> is new", "<assistant> takes the place of <picture>",
+                 "<image> takes the place of <x2>"]
+  assert Tokenizer(inner).assistant == vocab["<image>"]
   assert Tokenizer(inner).decode(Tokenizer(inner).encode("a red circle")) == "a red circle"
   content["added_tokens"] = [token for token in content["added_tokens"]
                              if "x" not in token["content"]]
   (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-  with pytest.raises(UsageError, match="no room for the mark <user>: all 270 rows"):
+  with pytest.raises(UsageError, match="no room for the mark <assistant>: all 270 rows"):
     hf_text.read(tmp_path, 270)
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(DataError, match="not a usable tokenizer.json"):

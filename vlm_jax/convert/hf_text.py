@@ -108,10 +108,10 @@ def adopt(text: str, told: dict, vocab_size: int) -> tuple[tokenizers.Tokenizer,
     UsageError: there are neither rows nor special tokens left.
   """
   content = json.loads(text)
-  names, notes = _names(told), []
   specials = [token["content"] for token in sorted(content["added_tokens"], key=_row)
               if token["special"]]
-  have = (set(specials) - set(names)) | set(names.values())
+  names = {token: mark for token, mark in _names(told).items() if token in specials}
+  have, notes = {names.get(token, token) for token in specials}, []
   missing = [mark for mark in our.SPECIALS if mark not in have]
   used = max([*content["model"]["vocab"].values(), *map(_row, content["added_tokens"])]) + 1
   spare = [token for token in specials if token not in names and token not in our.SPECIALS]
