@@ -16,7 +16,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
 
 MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
-COMPUTED = ("remat", "unroll")  # but for these, which only decide how it is computed
+COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -116,7 +116,7 @@ def test_damaged_files_are_one_sentence(tmp_path):
     safetensors_io.Reader(tmp_path)
   path = tmp_path / safetensors_io.SINGLE
   _, theirs = exported(params())
-  safetensors_io.write(tmp_path, {k: safetensors_io.Tensor(a.nbytes, lambda a=a: a)
+  safetensors_io.write(tmp_path, {k: safetensors_io.Tensor(a.shape, a.dtype, lambda a=a: a)
                                   for k, a in theirs.items()})
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(DataError, match="cannot be read as safetensors"):

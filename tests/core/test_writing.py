@@ -1,11 +1,11 @@
-"""A file is the old or the new one, whatever happens, and nothing else is left behind."""
+"""A file or directory is the old or the new one, and nothing else is left behind."""
 
 import os
 
 import pytest
 
-from vlm_jax.core.errors import DiskError
-from vlm_jax.core.writing import write_atomically
+from vlm_jax.core.errors import DiskError, UsageError
+from vlm_jax.core.writing import new_directory, write_atomically
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -26,3 +26,21 @@ def test_a_place_that_cannot_be(tmp_path):
   with pytest.raises(DiskError, match="Is a directory"):
     write_atomically(tmp_path / "folder", "")
   assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+  with new_directory(tmp_path / "made" / "x") as directory:
+    (directory / "a").write_text("1")
+    assert not (tmp_path / "made" / "x").exists()
+  assert os.listdir(tmp_path / "made") == ["x"] and os.listdir(tmp_path / "made" / "x") == ["a"]
+  for error, kind in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), DiskError)):
+    with pytest.raises(kind), new_directory(tmp_path / "y") as directory:
+      (directory / "a").write_text("1")
+      raise error
+  with pytest.raises(UsageError, match="holds something already"), (
+      new_directory(tmp_path / "made")):
+    pass
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(DiskError, match="cannot be written"), new_directory(tmp_path / "file" / "z"):
+    pass
+  assert sorted(os.listdir(tmp_path)) == ["file", "made"]

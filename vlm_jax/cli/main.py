@@ -21,6 +21,7 @@ COMMANDS = {
   "evaluate": "vlm_jax.cli.evaluate",
   "generate": "vlm_jax.cli.generate",
   "predict": "vlm_jax.cli.predict",
+  "convert": "vlm_jax.cli.convert",
   "score": "vlm_jax.cli.score",
   "compare": "vlm_jax.cli.compare",
   "report": "vlm_jax.cli.report",

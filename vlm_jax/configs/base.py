@@ -75,6 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
       padding="torch",  # efficientnet_lite0: "tensorflow" for weights that were trained there
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
+      init="",  # weights to start from: safetensors, .npz, .gguf, .pth or a run directory
     )
   )
   config.connector = ConfigDict(
@@ -84,6 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
       activation="gelu",
       bias=True,
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      init="",
     )
   )
   config.llm = _llm()
@@ -92,6 +94,15 @@ def get_config(arg: str = "") -> ConfigDict:
       implementation="auto",  # auto: the first that does not decline; or one by name
       block_q=0,  # block sizes of the blocked implementations, 0: what suits lengths and platform
       block_k=0,
+    )
+  )
+  config.lora = ConfigDict(
+    dict(
+      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; with them nothing else trains
+      alpha=16.0,  # an adapter's product is multiplied with alpha / rank
+      dropout=0.0,  # of what an adapter reads, while training
+      targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
+      init="",  # directory of adapters in PEFT's format to start from
     )
   )
   config.precision = ConfigDict(dict(param="float32", compute="float32"))
@@ -164,7 +175,7 @@ def _llm() -> ConfigDict:
   return ConfigDict(
     dict(
       name="llama",  # module in vlm_jax/llm
-      vocab_size=1024,  # must be the tokenizer's, checked at start
+      vocab_size=1024,  # at least the tokenizer's, checked at start
       width=128,
       depth=4,
       mlp=512,
@@ -199,6 +210,7 @@ def _llm() -> ConfigDict:
       linear_bias=False,  # encoder_decoder: biases in all linear layers
       remat="none",
       unroll=1,
+      init="",
     )
   )
 

@@ -36,15 +36,17 @@ UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
-def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
+def read(directory: str | os.PathLike, config: ConfigDict,
+         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
   """Reads a LLaVA checkpoint.
 
   Args:
     directory: holds config.json and safetensors weights, in any of the three spellings.
     config: any recipe; everything that does not describe the model stays as it is.
+    dtype: of the parameters; None: the file's.
 
   Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays in the file's dtypes.
+    The config of the checkpoint's model, and its parameters as numpy arrays.
 
   Raises:
     DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
@@ -55,13 +57,13 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   if (pixels := Path(directory) / processor.FILE).exists():
     _read_processor(safetensors_io.read_json(pixels), config)
   with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config)
+    return config, load(reader, config, dtype)
 
 
-def load(source: table.Source, config: ConfigDict) -> Params:
+def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
   """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
   tied = HEAD if config.llm.tie_embeddings else None
-  return nodes.load(source, entries(config), tied, table.renamer(SPELLINGS), UNREAD)
+  return nodes.load(source, entries(config), tied, table.renamer(SPELLINGS), UNREAD, dtype)
 
 
 def write(
@@ -70,41 +72,47 @@ def write(
   params: Params,
   image_token: int,
   shard_bytes: int = safetensors_io.SHARD_BYTES,
+  dtype: np.dtype | None = None,
 ) -> None:
   """Writes a checkpoint that transformers 4 and 5 load: config, image processor, weights.
 
   Args:
     directory: made if missing; must not hold a checkpoint.
     config: the config of the model.
-    params: its parameters, without metadata boxes; dtypes are kept.
+    params: its parameters, without metadata boxes.
     image_token: the token id that stands for one image slot in their input_ids.
     shard_bytes: largest weight file.
+    dtype: of the file; None: the parameters'.
 
   Raises:
     UsageError: the directory holds a checkpoint, or the config is not a LLaVA.
     DiskError: it cannot be written.
   """
-  dtype = np.dtype(params["llm"]["embed"]["embedding"].dtype)
-  theirs = {**write_config(config, image_token), "dtype": dtype.name}
+  kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
+  theirs = {**write_config(config, image_token), "dtype": kind.name}
   pixels = {"processor_class": "LlavaProcessor", **processor.write(config)}
-  tensors = table.export(params, entries(config))
+  tensors = table.export(params, entries(config), dtype)
   for name, value in zip(UNREAD, (1, 0), strict=True):
-    filler = np.full(config.tower.width, value, dtype)
-    tensors[name] = safetensors_io.Tensor(filler.nbytes, lambda filler=filler: filler)
+    filler = np.full(config.tower.width, value, kind)
+    tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
   directory = safetensors_io.new_directory(directory)
   safetensors_io.write(directory, tensors, shard_bytes)
   safetensors_io.write_json(directory / processor.FILE, pixels)
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model (the parts name their own KEYS)."""
-  parts = (
+def parts(config: ConfigDict) -> tuple[table.Part, ...]:
+  """Where each module's tensors are; the modules name their own KEYS."""
+  return (
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("connector/", CONNECTOR, fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
   )
-  return table.entries(parts, shapes(config))
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model."""
+  return table.entries(parts(config), shapes(config))
 
 
 def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -167,7 +175,7 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   """
   for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
                         ("connector.name", "mlp"), ("tower.post_norm", False),
-                        ("tower.pool", "none"), ("llm.final_soft_cap", 0.0)):
+                        ("tower.pool", "none"), ("lora.rank", 0), ("llm.final_soft_cap", 0.0)):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "

@@ -153,6 +153,7 @@ def load(
   tied: str | None = None,
   rename: Callable[[str], str] = lambda key: key,
   unread: tuple[str, ...] = (),
+  dtype: np.dtype | None = None,
 ) -> Params:
   """`table.load` of a checkpoint with a language model in it.
 
@@ -162,12 +163,13 @@ def load(
     tied: the canonical key of a head that is tied to the embedding, which files may hold or not.
     rename: their key in this file to its canonical spelling.
     unread: canonical keys that the model is known not to read.
+    dtype: of the parameters; None: the file's.
 
   Raises:
     DataError: as `table.load`, or a head that is said to be tied and differs from the embedding.
   """
   params = table.load(source, expected, rename, lambda key: (
-    key.endswith(BUFFERS) or key in unread or key == tied))
+    key.endswith(BUFFERS) or key in unread or key == tied), dtype)
   key = next((entry.key for entry in expected if entry.path.endswith(EMBEDDING)), None)
   names = {rename(name): name for name in source.shapes}
   if tied in names and not np.array_equal(source[names[tied]], source[names[key]]):

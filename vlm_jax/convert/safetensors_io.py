@@ -5,47 +5,58 @@ Nothing here knows a model. Arrays are numpy (bfloat16 through ml_dtypes) and ke
 
 import contextlib
 import json
+import math
 import os
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+          "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 SHARD_BYTES = 5 * 10**9  # what hubs and loaders expect a file to stay below
 
 
 class Tensor(NamedTuple):
-  """A tensor to be written: its size, and a function that gives it when its turn comes."""
+  """A tensor to be written: what it is, and a function that gives it when its turn comes."""
 
-  nbytes: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
   get: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    """Its size in the file."""
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Reader:
-  """The tensors of a checkpoint directory by key; reads one only when it is asked for.
+  """The tensors of a checkpoint by key; reads one only when it is asked for.
 
   Attributes:
     shapes: key to shape, of every tensor, known without reading any.
   """
 
-  def __init__(self, directory: str | os.PathLike):
-    """Opens every file.
+  def __init__(self, path: str | os.PathLike):
+    """Opens every file of a directory, or one file.
 
     Raises:
       DataError: no weights, a missing shard, a damaged file, a key twice.
     """
-    self.directory = Path(directory)
+    path = Path(path)
+    self.directory, names = (path.parent, [path.name]) if path.is_file() else (path, None)
     self.shapes: dict[str, tuple[int, ...]] = {}
     self._files: dict[str, safe_open] = {}
     self._stack = contextlib.ExitStack()
-    for name in self._names():
+    for name in names or self._names():
       path = self.directory / name
       try:
         file = self._stack.enter_context(safe_open(path, framework="np"))
@@ -106,7 +117,7 @@ def write(
   tensors: dict[str, Tensor],
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes a checkpoint; never holds more than one shard.
+  """Writes a checkpoint; holds one tensor at a time.
 
   Args:
     directory: must exist. A file appears under its name only once it is complete.
@@ -114,9 +125,10 @@ def write(
     shard_bytes: largest size of a file; a larger tensor has a file of its own.
 
   Raises:
-    DiskError: a file cannot be written.
+    DiskError: there is not enough space, or a file cannot be written; nothing is left behind.
   """
   directory = Path(directory)
+  space(directory, sum(tensor.nbytes for tensor in tensors.values()))
   shards: list[list[str]] = [[]]
   filled = 0
   for key, tensor in tensors.items():
@@ -128,14 +140,62 @@ def write(
   names = [SINGLE] if len(shards) == 1 else [
     f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
   ]
-  for name, keys in zip(names, shards, strict=True):
-    arrays = {key: np.require(tensors[key].get(), requirements="C") for key in keys}
-    _replace(directory / name, lambda path, arrays=arrays: save_file(
-      arrays, path, metadata={"format": "pt"}))
+  try:
+    for name, keys in zip(names, shards, strict=True):
+      write_file(directory / name, {key: tensors[key] for key in keys})
+  except BaseException:
+    for name in names:
+      (directory / name).unlink(missing_ok=True)
+    raise
   if len(shards) > 1:
     where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+  """Writes one file, tensor by tensor.
+
+  The format: the header's length as u64, the header in JSON, then the bytes of every tensor.
+
+  Raises:
+    DiskError: it cannot be written.
+  """
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for key, tensor in tensors.items():
+    start, end = end, end + tensor.nbytes
+    header[key] = {"dtype": DTYPES[tensor.dtype.name], "shape": list(tensor.shape),
+                   "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+
+  def save(temporary: str) -> None:
+    with open(temporary, "wb") as file:
+      file.write(struct.pack("<Q", len(text)) + text)
+      for key, tensor in tensors.items():
+        array = np.require(tensor.get(), requirements="C")  # ascontiguousarray has no scalars
+        if (array.shape, array.dtype) != (tuple(tensor.shape), tensor.dtype):
+          raise ValueError(f"{key} is {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}")
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+  _replace(path, save)
+
+
+def space(directory: Path, size: int) -> None:
+  """Refuses to begin what does not fit on the disk.
+
+  Raises:
+    DiskError: fewer than `size` bytes are free, or there is no such directory.
+  """
+  try:
+    free = shutil.disk_usage(directory).free
+  except OSError as error:
+    raise DiskError(f"{directory}: cannot be written ({error.strerror}); make it or choose another"
+                    ) from error
+  if size > free:
+    raise DiskError(f"{directory}: {size / 1e9:,.2f} GB are to be written and {free / 1e9:,.2f} GB "
+                    "are free; free space or choose another directory")
 
 
 def read_json(path: Path) -> dict:
@@ -162,8 +222,10 @@ def _replace(path: Path, save: Callable[[str], object]) -> None:
   try:
     save(str(temporary))
     temporary.replace(path)
-  except (OSError, SafetensorError) as error:
+  except BaseException as error:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+    if not isinstance(error, OSError):
+      raise
     raise DiskError(f"{path}: cannot be written ({error}); free space or choose another directory"
                     ) from error

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from vlm_jax.convert.safetensors_io import Tensor
@@ -29,6 +30,7 @@ from vlm_jax.core.typing import Params
 LISTED = 8  # keys named in an error message
 Shape = tuple[int, ...]
 Keys = tuple[tuple[str, str, str], ...]
+Part = tuple[str, str, Keys]  # our prefix "llm/", their prefix "language_model.", a module's KEYS
 
 
 class Op(NamedTuple):
@@ -51,6 +53,11 @@ def _load_patch(array: np.ndarray, shape: Shape) -> np.ndarray:
 def _export_patch(array: np.ndarray) -> np.ndarray:
   width, channels, size, _ = _patch_shape(array.shape)
   return array.reshape(size, size, channels, width).transpose(3, 2, 0, 1)
+
+
+def _rows_shape(shape: Shape) -> Shape:
+  size = math.isqrt(shape[0] // 3)
+  return (size, size, 3, shape[1])
 
 
 OPS = {
@@ -77,6 +84,9 @@ OPS = {
   ),
   # Axes of size 1 in front.
   "lead": Op(lambda s: (1, *s), lambda a: a[None], lambda a, s: a.reshape(s)),
+  "lead2": Op(lambda s: (1, 1, *s), lambda a: a[None, None], lambda a, s: a.reshape(s)),
+  # Flax Conv [size,size,in,out] of patches.
+  "rows": Op(_rows_shape, lambda a: a.reshape(_rows_shape(a.shape)), lambda a, s: a.reshape(s)),
   # torch Conv2d [D,3,size,size]; ours [size*size*3, D], a patch being (row, column, channel).
   "patch": Op(_patch_shape, _export_patch, _load_patch),
 }
@@ -101,11 +111,11 @@ class Source(Protocol):
   def __getitem__(self, key: str) -> np.ndarray: ...
 
 
-def entries(parts: Iterable[tuple[str, str, Keys]], shapes: Mapping[str, Shape]) -> list[Entry]:
+def entries(parts: Iterable[Part], shapes: Mapping[str, Shape]) -> list[Entry]:
   """The tensors of a checkpoint.
 
   Args:
-    parts: (our prefix "llm/", their prefix "language_model.model.", KEYS) of every module.
+    parts: of every module.
     shapes: our parameter paths to shapes, stacked layers included.
 
   Raises:
@@ -137,14 +147,16 @@ def load(
   table: list[Entry],
   rename: Callable[[str], str] = lambda key: key,
   unread: Callable[[str], bool] = lambda key: False,
+  dtype: np.dtype | None = None,
 ) -> Params:
-  """Reads parameters tensor by tensor; dtypes stay those of the file.
+  """Reads parameters tensor by tensor.
 
   Args:
     source: their tensors.
     table: from `entries`.
     rename: their key in this file to its canonical spelling.
     unread: canonical keys that the model is known not to read.
+    dtype: of the parameters; None: the file's.
 
   Returns:
     The nested tree of numpy arrays.
@@ -179,21 +191,29 @@ def load(
   for entry in table:
     array = entry.op.load(source[spelled[entry.key]], entry.shape)
     if entry.layer is None:
-      flat[entry.path] = np.require(array, requirements="C")  # ascontiguousarray has no scalars
+      flat[entry.path] = np.array(array, dtype, order="C")
       continue
     if entry.path not in flat:
-      flat[entry.path] = np.empty((layers[entry.path], *entry.shape), array.dtype)
+      flat[entry.path] = np.empty((layers[entry.path], *entry.shape), dtype or array.dtype)
     stacked = flat[entry.path]
-    if stacked.dtype != array.dtype:
+    if dtype is None and stacked.dtype != array.dtype:
       raise DataError(f"weights: {entry.key} is {array.dtype} but earlier layers are "
-                      f"{stacked.dtype}; convert the checkpoint to one dtype")
+                      f"{stacked.dtype}; ask for one with --dtype")
     stacked[entry.layer] = array
   return unflatten(flat)
 
 
-def export(params: Params, table: list[Entry]) -> dict[str, Tensor]:
-  """Their tensors by key. Each is made when asked for; a parameter on devices is copied to the host
-  once for all its layers that are asked for in a row."""
+def dtype_of(name: str) -> np.dtype:
+  """The dtype of a name, bfloat16 included."""
+  return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def export(params: Params, table: list[Entry], dtype: np.dtype | None = None) -> dict[str, Tensor]:
+  """Their tensors by key, in `dtype` (None: the parameters').
+
+  Each is made when asked for; a parameter on devices is copied to the host once for all its layers
+  that are asked for in a row.
+  """
   flat = flatten(params)
   host: dict[str, np.ndarray] = {}  # the last parameter copied, nothing else
 
@@ -202,11 +222,14 @@ def export(params: Params, table: list[Entry]) -> dict[str, Tensor]:
       host.clear()
       host[entry.path] = np.asarray(flat[entry.path])
     array = host[entry.path]
-    return entry.op.export(array if entry.layer is None else array[entry.layer])
+    array = entry.op.export(array if entry.layer is None else array[entry.layer])
+    return array.astype(kind(entry), copy=False)
+
+  def kind(entry: Entry) -> np.dtype:
+    return np.dtype(dtype or flat[entry.path].dtype)
 
   def tensor(entry: Entry) -> Tensor:
-    nbytes = math.prod(entry.shape) * flat[entry.path].dtype.itemsize
-    return Tensor(nbytes, lambda: get(entry))
+    return Tensor(entry.op.shape(entry.shape), kind(entry), lambda: get(entry))
 
   return _together({entry.key: tensor(entry) for entry in table})
 
@@ -251,10 +274,12 @@ def _together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
   for key, tensor in tensors.items():
     match = PART.fullmatch(key)
     found.setdefault(match[1] if match else key, []).append(tensor)
-  return {key: parts[0] if len(parts) == 1 else Tensor(
-    sum(part.nbytes for part in parts),
-    lambda parts=parts: np.concatenate([part.get() for part in parts]))
-    for key, parts in found.items()}
+  def join(parts: list[Tensor]) -> Tensor:
+    first, *_ = parts
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Tensor(shape, first.dtype, lambda: np.concatenate([part.get() for part in parts]))
+
+  return {key: parts[0] if len(parts) == 1 else join(parts) for key, parts in found.items()}
 
 
 def renamer(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:

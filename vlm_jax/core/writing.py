@@ -1,9 +1,12 @@
-"""Text files that are written whole or not at all."""
+"""Text files and directories that are written whole or not at all."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_jax.core.errors import DiskError
+from vlm_jax.core.errors import DiskError, UsageError
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -34,3 +37,34 @@ def write_atomically(path: str | Path, text: str) -> None:
       error.strerror)
     raise DiskError(f"{path} cannot be written ({reason}); free space, mend its permissions or "
                     "choose another place") from error
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+  """A directory that appears under its name only when all of it is written.
+
+  Args:
+    path: must be missing or empty.
+
+  Yields:
+    The directory to write into, beside it.
+
+  Raises:
+    UsageError: there is something already.
+    DiskError: it cannot be made, or an operating system's error while it was written; nothing is
+      left behind.
+  """
+  path = Path(path).absolute()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UsageError(f"--out {path} holds something already; name a new directory")
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    raise DiskError(f"--out {path} cannot be written ({error.strerror or error}); free space, mend "
+                    "its permissions or choose another place") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)

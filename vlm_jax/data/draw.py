@@ -49,11 +49,12 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
 
   Raises:
     DataError: there is none, or it cannot be read.
-    UsageError: its vocabulary is not `config.llm.vocab_size`.
+    UsageError: it has more tokens than `config.llm.vocab_size`. A model may have more rows than
+      tokens: published ones are padded to a round number.
   """
   path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
   loaded = tokenizer.load(path)
-  if loaded.vocab_size != config.llm.vocab_size:
+  if loaded.vocab_size > config.llm.vocab_size:
     raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
                      f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "
                      "config.data.tokenizer")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.typing import Array
+from vlm_jax.nn.linear import DROPOUT
 
 # What the backward pass finds saved; the rest of a layer it computes again.
 REMAT: dict[str, Any] = {
@@ -99,7 +100,7 @@ def run(
   scanned = nn.scan(
     layer,
     variable_axes={"params": 0},
-    split_rngs={"params": True},
+    split_rngs={"params": True, DROPOUT: True},
     in_axes=(0, nn.broadcast),
     length=length,
     unroll=unroll,

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from vlm_jax.core import digest
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.typing import Params
-from vlm_jax.train.state import State
+from vlm_jax.train.state import State, begin
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "enospc", "efbig", "edquot")
 # Trouble of this machine, not of the checkpoint: never a reason to move one aside.
@@ -108,11 +108,16 @@ class Checkpoints:
       raise DiskError(f"the checkpoint of step {step} could not be written to {self.path}; free "
                       "space and start again: the run goes on from the newest checkpoint")
 
-  def restore(self, abstract: State) -> tuple[State, dict, dict] | None:
+  def restore(self, abstract: State, init_optimizer: Callable | None = None
+              ) -> tuple[State, dict | None, dict] | None:
     """The newest checkpoint that is as it was written: (state, data, meta), or None without any.
+
+    One of step 0 may hold parameters alone, as `vlm-jax convert` writes it: the optimizer is then
+    as new and the data (None) begins at the beginning.
 
     Args:
       abstract: shapes, dtypes and shardings to restore into; any mesh.
+      init_optimizer: parameters to the optimizer's first state; None: parameters alone are refused.
 
     Raises:
       UsageError: a sound checkpoint is of another model.
@@ -121,6 +126,9 @@ class Checkpoints:
     damaged = 0
     for step in reversed(self.steps()):
       try:
+        if step == 0 and init_optimizer and not (self.path / "0" / "optimizer").exists():
+          tree, _, meta = read(self._manager, step, {"params": abstract.params})
+          return begin(tree["params"], init_optimizer, abstract), None, meta
         tree = {"params": abstract.params,
                 "optimizer": {"step": abstract.step, "state": abstract.opt_state}}
         tree, data, meta = read(self._manager, step, tree)

@@ -1,8 +1,8 @@
 """What `vlm-jax ckpt` does: look at checkpoints without the code or config that wrote them.
 
 Shapes and dtypes come from a checkpoint's own manifest, every array is checked against its digest,
-and all of it lands on one device, whatever mesh it was written from. Only `average` and `prune`
-write; they take the lock of the directory first.
+and all of it lands on one device, whatever mesh it was written from. `prune` takes the lock of the
+run first; `average` and `write_run` make new directories.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.tree import unflatten
-from vlm_jax.core.writing import write_atomically
+from vlm_jax.core.typing import Params
+from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.train import checkpoint, workdir
 from vlm_jax.train.checkpoint import Corrupt
 
@@ -229,34 +230,42 @@ def average(run: str | Path, steps: Sequence[int], out: str | Path) -> int:
     DataError: one of them is damaged.
     DiskError: `out` cannot be written.
   """
-  path, target = folder(run), Path(out).absolute()
+  path = folder(run)
   if len(set(steps)) < 2:
     raise UsageError(f"--steps needs two checkpoints or more, got {len(set(steps))}; it has "
                      f"{', '.join(map(str, checkpoint.steps(path))) or 'none'}")
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise UsageError(f"--out {out} holds something already; name a new directory")
   steps = [checkpoint.choose(path, step) for step in sorted(set(steps))]
   workdir.load_config(run)  # before anything is written: it must be a run
   config = (Path(run) / "config.json").read_text()
-  sums: dict[str, np.ndarray] = {}
-  for step in steps:
-    contents = sound(path, step, ("params",))
-    for name, array in contents.arrays.items():
-      sums[name] = sums.get(name, 0) + array.astype(np.float64)
-  params = {name: (total / len(steps)).astype(contents.arrays[name].dtype)
-            for name, total in sums.items()}
-  meta = {"step": steps[-1], "averaged": steps, "of": str(Path(run).absolute())}
-  with _disk_errors(target):
-    target.mkdir(parents=True, exist_ok=True)
-    with workdir.lock(target / "LOCK"):
-      write_atomically(target / "config.json", config)
-      _write(target / FOLDER, steps[-1], unflatten(params)["params"], meta)
+  with new_directory(out) as target:
+    sums: dict[str, np.ndarray] = {}
+    for step in steps:
+      contents = sound(path, step, ("params",))
+      for name, array in contents.arrays.items():
+        sums[name] = sums.get(name, 0) + array.astype(np.float64)
+    params = {name: (total / len(steps)).astype(contents.arrays[name].dtype)
+              for name, total in sums.items()}
+    meta = {"averaged": steps, "of": str(Path(run).absolute())}
+    write_run(target, config, steps[-1], unflatten(params)["params"], meta)
   return steps[-1]
 
 
-def _write(path: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
-  """One checkpoint of parameters alone."""
+def write_run(directory: Path, config: str, step: int, params: Params,
+              meta: dict[str, Any]) -> None:
+  """A run directory with one checkpoint of parameters alone.
+
+  Training can start from one of step 0 (`Checkpoints.restore`): nothing has moved yet.
+
+  Args:
+    directory: an empty one.
+    config: the text of its config.json.
+    step: under which the checkpoint is stored.
+    params: plain arrays.
+    meta: anything worth knowing, JSON; `step` is added.
+  """
   checkpoint.quiet()
+  meta = {"step": step, **meta}
+  write_atomically(directory / "config.json", config)
   items = {
     "params": ocp.args.StandardSave(params),
     "data": ocp.args.JsonSave({}),
@@ -264,7 +273,7 @@ def _write(path: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
     "manifest": ocp.args.JsonSave(
       checkpoint.make_manifest({"params": params}, {"data": {}, "meta": meta})),
   }
-  with ocp.CheckpointManager(path) as manager:
+  with ocp.CheckpointManager(directory.absolute() / FOLDER) as manager:
     manager.save(step, args=ocp.args.Composite(**items))
 
 

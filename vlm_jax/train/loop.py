@@ -6,6 +6,7 @@ its step, so nothing waits for it; if its row is missing at the next start, it i
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -25,9 +26,9 @@ from vlm_jax.core.mesh import make_mesh
 from vlm_jax.core.tree import flatten, unite
 from vlm_jax.core.typing import Params
 from vlm_jax.core.writing import write_atomically
+from vlm_jax.train import initial, trackers
 from vlm_jax.train import metrics as metrics_lib
 from vlm_jax.train import state as state_lib
-from vlm_jax.train import trackers
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.optimizer import count, make_optimizer, state_bytes
 from vlm_jax.train.profile import Profile
@@ -79,8 +80,9 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
     checkpoints = Checkpoints(work.path / "checkpoints", config.train.keep, config.train.keep_every,
                               progress.say)
     stack.callback(checkpoints.close)
-    state, data, meta = checkpoints.restore(abstract) or (None, None, {"step": 0})
+    state, data, meta = checkpoints.restore(abstract, optimizer.init) or (None, None, {"step": 0})
     first = meta["step"]
+    found = initial.read(config, leaves) if state is None else {}
     moving, total = count(optimizer, leaves)
     progress.say(f"{config.fusion.name}: {total:,} parameters, {moving:,} of them train, "
                  f"{state_bytes(abstract) / 1e6:,.1f} MB of state, {mesh.size} device(s), "
@@ -97,6 +99,8 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
     if state is None:
       state = signals.run(
         lambda: state_lib.create(init_params, optimizer.init, abstract, config.seed), stopped)
+      state = dataclasses.replace(state, params=initial.place(state.params, found))
+      del found
     compile_seconds = time.perf_counter() - began
     progress.say(f"compiled in {compile_seconds:.1f} s")
 

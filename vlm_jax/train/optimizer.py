@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from vlm_jax.core import adapters
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import FROZEN, Stage, find_tower
 from vlm_jax.core.tree import flatten, unflatten
@@ -158,12 +159,16 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
   result = {}
   for path, choice in chosen.items():
-    if path.rsplit("/", 1)[-1].startswith(FROZEN):
+    if path.rsplit("/", 1)[-1].startswith(FROZEN) or (
+        config.lora.rank and not adapters.is_adapter(path)):
       continue
     choice = choice & ~frozen[path] if path in frozen else choice
     if np.any(choice):
       whole = bool(np.all(choice))
       result[path] = np.asarray(True) if whole else _spread(choice, leaves[path])
+  if not result and config.lora.rank:
+    raise UsageError(f"config.lora: none of its adapters trains in stage '{stage.name}'; choose "
+                     "another config.fusion.stage, other targets or fewer config.optim.frozen")
   if not result:
     raise UsageError(f"config.optim.frozen leaves nothing to train in stage '{stage.name}'; "
                      "take a pattern away or choose another config.fusion.stage")

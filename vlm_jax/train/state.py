@@ -11,6 +11,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from vlm_jax.core import adapters
 from vlm_jax.core import batch as batch_lib
 from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.errors import UsageError
@@ -75,6 +76,9 @@ def initializer(module: Fusion, config: ConfigDict) -> tuple[Callable, dict[str,
 
   Returns:
     A function key -> params (plain arrays), and path to Leaf.
+
+  Raises:
+    UsageError: `config.lora.targets` names no linear layer of the model.
   """
   model = module.Model(config)
   row = batch_lib.empty(module.fields(config), module.axes(config), rows=1)
@@ -92,6 +96,7 @@ def initializer(module: Fusion, config: ConfigDict) -> tuple[Callable, dict[str,
 
   abstract = jax.eval_shape(boxed, jax.random.key(0))
   leaves = flatten(jax.tree.map(leaf_of, abstract, is_leaf=is_box))
+  adapters.check(adapters.adapters(config), leaves)
   return lambda key: jax.tree.map(value, boxed(key), is_leaf=is_box), leaves
 
 
@@ -141,3 +146,10 @@ def create(init_params: Callable, init_optimizer: Callable, abstract: State, see
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def begin(params: Params, init_optimizer: Callable, abstract: State) -> State:
+  """The state of step 0 around parameters that lie where they belong."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+  step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+  return State(step, params, jax.jit(init_optimizer, out_shardings=shardings)(params))

@@ -22,6 +22,7 @@ from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Fusion
 from vlm_jax.core.typing import Array, Params
+from vlm_jax.nn.linear import DROPOUT
 from vlm_jax.train import accumulate
 from vlm_jax.train.optimizer import Optimizer
 from vlm_jax.train.state import State, merge
@@ -64,7 +65,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   parts = config.train.accumulation
 
   def run(moved: Params, params: Params, batch: Batch, rng: Array):
-    return model.apply({"params": merge(params, moved)}, batch, rng=rng)
+    return model.apply({"params": merge(params, moved)}, batch, rng=rng,
+                       rngs={DROPOUT: rng} if config.lora.dropout else {})
 
   def total(output, batch: Batch, scale: dict):
     with jax.named_scope("loss"):

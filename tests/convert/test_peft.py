@@ -1,0 +1,144 @@
+"""Adapters against PEFT: the same files, the same logits."""
+
+import json
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from tests.convert import tiny_llava
+from vlm_jax.convert import adapters, llava, parity
+from vlm_jax.core.adapters import is_adapter
+from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.tree import unflatten
+
+TOLERANCE = 2e-4  # max|a - b| / max|b| of the logits
+IMAGE = 5
+transformers.utils.logging.disable_progress_bar()
+
+
+def adapted(targets=(".*/attention/(query|out)", "connector", "llm/.*/mlp")):
+  config = tiny_llava.get_config()
+  config.lora.update(rank=3, alpha=7.0, targets=targets)
+  return config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A LLaVA with adapters, its base in Hugging Face's format, its adapters in PEFT's."""
+  folder = tmp_path_factory.mktemp("peft")
+  config = adapted()
+  flat = tiny_llava.noise(config)
+  base = config.copy_and_resolve_references()
+  base.lora.rank = 0
+  weights = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+  llava.write(folder / "base", base, unflatten(weights), IMAGE)
+  adapters.write(folder / "ours", config, unflatten(flat))
+  return folder, config, flat
+
+
+def their_logits(model, config):
+  pixels, ids = parity._document(config)
+  slots = (config.tower.image_size // config.tower.patch) ** 2
+  tokens = np.concatenate([np.full(slots, IMAGE), ids])[None].astype(np.int64)
+  values = (pixels / 255 - np.asarray(config.tower.mean)) / np.asarray(config.tower.std)
+  with torch.no_grad():
+    out = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.from_numpy(
+      values.transpose(2, 0, 1)[None].astype(np.float32)))
+  return out.logits[0].numpy()
+
+
+def load_base(folder):
+  return transformers.LlavaForConditionalGeneration.from_pretrained(
+    folder / "base", attn_implementation="eager").eval()
+
+
+def error(ours, theirs):
+  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def test_logits_in_peft_are_ours(made):
+  folder, config, flat = made
+  ours = parity._ours(config, unflatten(flat), *parity._document(config))
+  base = load_base(folder)
+  plain = their_logits(base, config)
+  model = peft.PeftModel.from_pretrained(base, folder / "ours").eval()
+  theirs = their_logits(model, config)
+  assert np.isfinite(theirs).all() and theirs.std() > 1e-2
+  print(f"logits in PEFT: {error(ours, theirs):.1e}")
+  assert error(ours, theirs) < TOLERANCE
+  assert error(ours, plain) > 100 * TOLERANCE  # the twin: without adapters
+  merged = their_logits(model.merge_and_unload(), config)
+  mine, without = adapters.merge(unflatten(flat), config)
+  assert error(parity._ours(without, mine, *parity._document(config)), merged) < TOLERANCE
+
+
+def test_adapters_of_peft_are_read(made, tmp_path):
+  folder, config, flat = made
+  config = adapted(("llm/layers/attention/(query|value)",))
+  torch.manual_seed(0)
+  model = peft.get_peft_model(load_base(folder), peft.LoraConfig(
+    r=3, lora_alpha=7.0, target_modules=r".*language_model.*\.(q_proj|v_proj)"))
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if "lora_" in name:
+        weight.normal_(0, 0.3)
+  model.save_pretrained(tmp_path)
+  found = adapters.read(tmp_path, config)
+  assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
+  params = {path: leaf for path, leaf in flat.items() if not is_adapter(path)} | found
+  ours = parity._ours(config, unflatten(params), *parity._document(config))
+  assert error(ours, their_logits(model.eval(), config)) < TOLERANCE
+
+
+def test_ours_written_and_read_is_the_same(made):
+  folder, config, flat = made
+  found = adapters.read(folder / "ours", config)
+  assert set(found) == set(filter(is_adapter, flat))
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
+
+
+@pytest.mark.parametrize("change,fields,kind,sentence", [
+  ({"r": 4}, {}, UsageError, "config.lora.rank is 3 but .* says 4; set config.lora.rank=4"),
+  ({"lora_alpha": 8}, {}, UsageError, "set config.lora.alpha=8"),
+  ({"use_dora": True}, {}, UsageError, "use_dora is True; only False"),
+  ({"use_rslora": True}, {}, UsageError, "use_rslora is True"),
+  ({"peft_type": "IA3"}, {}, UsageError, "peft_type is 'IA3'; only 'LORA'"),
+  ({"modules_to_save": ["x"]}, {}, UsageError, "modules_to_save"),
+  ({}, {"targets": ("llm/.*/mlp",)}, DataError, "unexpected: .*config.lora.targets are other"),
+  ({}, {"targets": (".*/attention", "connector", "llm/.*/mlp")}, DataError,
+   "missing: .*config.lora.targets are other layers"),
+  ({}, {"targets": (".*",)}, UsageError, "tower/patch is not a linear layer in PEFT's model"),
+])
+def test_what_cannot_be_read_is_one_sentence(made, tmp_path, change, fields, kind, sentence):
+  folder, config, _ = made
+  config = config.copy_and_resolve_references()
+  config.lora.update(fields)
+  for file in (folder / "ours").iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  theirs = json.loads((tmp_path / adapters.CONFIG).read_text())
+  (tmp_path / adapters.CONFIG).write_text(json.dumps(theirs | change))
+  with pytest.raises(kind, match=sentence) as error:
+    adapters.read(tmp_path, config)
+  assert "\n" not in str(error.value)
+
+
+def test_writing_refuses_what_is_there_and_what_is_not(made):
+  folder, config, flat = made
+  with pytest.raises(UsageError, match="already holds a checkpoint"):
+    adapters.write(folder / "ours", config, unflatten(flat))
+  plain = config.copy_and_resolve_references()
+  plain.lora.rank = 0
+  with pytest.raises(UsageError, match="config.lora.rank is 0"):
+    adapters.write(folder / "none", plain, unflatten(flat))
+  other = config.copy_and_resolve_references()
+  other.connector.name = "linear"
+  with pytest.raises(UsageError, match="config.connector.name is 'linear'"):
+    adapters.write(folder / "none", other, unflatten(flat))
+  assert not (folder / "none").exists()

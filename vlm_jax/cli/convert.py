@@ -1,0 +1,155 @@
+"""Converts a published checkpoint into a run directory, or a run into a published checkpoint.
+
+  vlm-jax convert DIRECTORY --from=hf --out=RUN --config=configs/llava.py
+  vlm-jax convert RUN --to=hf --out=DIRECTORY
+  vlm-jax convert RUN --to=peft --out=DIRECTORY
+  vlm-jax convert FILE.gguf --from=gguf --out=DIRECTORY
+
+The first reads a LLaVA of Hugging Face: its config.json decides the model, the recipe everything
+else. RUN then holds step 0; `vlm-jax train --workdir=RUN` trains it, `evaluate`, `generate` and
+`predict` use it. The second writes weights, config, processor, tokenizer and chat template as
+transformers loads them, adapters merged; the third only the adapters, as PEFT loads them. The last
+writes a Llama of llama.cpp as transformers loads it, with a tokenizer for config.data.tokenizer
+beside it. To start a module alone from weights of another program, set config.tower.init,
+config.connector.init or config.llm.init in a recipe.
+"""
+
+import argparse
+from pathlib import Path
+
+from vlm_jax import runs
+from vlm_jax.cli import config as recipes
+from vlm_jax.core.errors import DataError, UsageError, nearest
+
+SUMMARY = "read or write checkpoints of other programs"
+FROM, TO = ("hf", "gguf"), ("hf", "peft")
+DTYPES = ("float32", "bfloat16")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  parser.add_argument("source", metavar="SOURCE", help="checkpoint or run directory")
+  parser.add_argument("--from", dest="origin", metavar="KIND", help="hf: SOURCE is a checkpoint, "
+                      "--out a run; gguf: SOURCE is a file, --out a checkpoint")
+  parser.add_argument("--to", metavar="KIND", help=f"{', '.join(TO)}: SOURCE is a run, --out a "
+                      "checkpoint of this kind")
+  parser.add_argument("--out", required=True, help="new directory")
+  parser.add_argument("--dtype", default="", help=f"{' or '.join(DTYPES)} (default: as it is)")
+  parser.add_argument("--step", type=int, help="with --to: step of the checkpoint (the newest)")
+  parser.add_argument("--shard-gb", type=float, default=5.0, help="with --to: largest file (5)")
+  parser.add_argument("--check", action="store_true",
+                      help="read everything back and compare it; with --to=hf also the logits, if "
+                           "transformers is installed")
+  recipes.argument(parser, required=False)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Converts, and says what there is now."""
+  if (args.origin is None) == (args.to is None):
+    raise UsageError("give either --from (SOURCE is a checkpoint) or --to (SOURCE is a run)")
+  for flag, value, known in (("--from", args.origin, FROM), ("--to", args.to, TO),
+                             ("--dtype", args.dtype or None, DTYPES)):
+    if value is not None and value not in known:
+      raise UsageError(f"{flag} is '{value}'; {nearest(value, known)}")
+  if args.origin and args.step is not None:
+    raise UsageError("--from takes no --step: a checkpoint has one")
+  if args.origin == "hf" and not args.config:
+    raise UsageError("--from=hf needs --config, the recipe of everything but the model")
+  if args.origin != "hf" and (args.config or args.overrides):
+    raise UsageError("only --from=hf takes a --config")
+  {"hf": import_run, "gguf": import_gguf, None: export_run}[args.origin](args)
+
+
+def import_gguf(args: argparse.Namespace) -> None:
+  """A GGUF file as a checkpoint of Hugging Face."""
+  from vlm_jax.convert import gguf_llama, nodes, table
+  from vlm_jax.core.writing import new_directory
+
+  with new_directory(args.out) as directory:
+    notes = gguf_llama.write(Path(args.source), directory,
+                             table.dtype_of(args.dtype) if args.dtype else None)
+    if args.check:
+      nodes.read_node(directory, "llm")
+  print(f"{args.out}: for config.llm.init, and vlm_tokenizer.json for config.data.tokenizer")
+  told(notes)
+
+
+def told(notes: list[str]) -> None:
+  """Says which marks the model has yet to learn."""
+  if notes:
+    print(f"marks of turns and pictures that the model has yet to learn: {', '.join(notes)}")
+
+
+def import_run(args: argparse.Namespace) -> None:
+  """A LLaVA of Hugging Face as step 0 of a run."""
+  import numpy as np
+
+  from vlm_jax.convert import hf_text, llava, safetensors_io, table
+  from vlm_jax.core.tree import flatten
+  from vlm_jax.core.writing import new_directory
+  from vlm_jax.train import checkpoint_tools
+
+  source, out = Path(args.source), Path(args.out).absolute()
+  dtype = np.dtype(table.dtype_of(args.dtype)) if args.dtype else None
+  recipe = recipes.read(args).copy_and_resolve_references()
+  recipe.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
+  recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
+  config = llava.read_config(safetensors_io.read_json(source / "config.json"), recipe)
+  tokenizer, new = hf_text.read(source, config.llm.vocab_size)
+  with new_directory(out) as directory:
+    size = sum(np.prod(shape, dtype=np.int64) for shape in llava.shapes(config).values())
+    safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
+    config, params = llava.read(source, recipe, dtype)
+    config.precision.param = one_dtype(flatten(params))
+    tokenizer.save(str(directory / hf_text.TOKENIZER))
+    checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
+                               params, {"imported": str(source.absolute())})
+    if args.check:
+      checkpoint_tools.sound(directory / checkpoint_tools.FOLDER, 0, ("params",))
+  print(f"{out}: {size:,} parameters in {config.precision.param}, as step 0; e.g. vlm-jax train "
+        f"--workdir={args.out}")
+  told(new)
+
+
+def one_dtype(flat: dict) -> str:
+  """The dtype that all parameters have, the only one that a run can have.
+
+  Raises:
+    DataError: there are several.
+  """
+  kinds: dict[str, str] = {}
+  for path, leaf in flat.items():
+    kinds.setdefault(str(leaf.dtype), path)
+  if len(kinds) > 1 or not set(kinds) <= set(DTYPES):
+    told = ", ".join(f"{path} is {kind}" for kind, path in kinds.items())
+    raise DataError(f"weights: {told}; a run has one of {' or '.join(DTYPES)}, ask for it with "
+                    "--dtype")
+  return next(iter(kinds))
+
+
+def export_run(args: argparse.Namespace) -> None:
+  """A run as a LLaVA of Hugging Face, or its adapters as PEFT's."""
+  from vlm_jax.convert import adapters, hf_text, llava, parity, table
+  from vlm_jax.core.writing import new_directory
+  from vlm_jax.data.pipeline import load_tokenizer
+
+  config, params, step = runs.open_run(args.source, args.step)
+  dtype = table.dtype_of(args.dtype) if args.dtype else None
+  if args.to == "peft":
+    with new_directory(args.out) as directory:
+      adapters.write(directory, config, params)
+    print(f"{args.out}: the adapters of checkpoint {step}; base: the same run without them")
+    return
+  merged = config.lora.rank > 0
+  params, config = adapters.merge(params, config)
+  tokenizer = load_tokenizer(config)
+  checked = ""
+  with new_directory(args.out) as directory:
+    llava.write(directory, config, params, tokenizer.image, int(args.shard_gb * 1e9), dtype)
+    hf_text.write(directory, config, tokenizer)
+    if args.check:
+      checked = f"; {parity.reread(directory, config, params)} arrays read back as they were"
+      if parity.available():
+        error = parity.logits(directory, config, llava.read(directory, config)[1], tokenizer.image)
+        checked += f", logits within {error:.1e} of those of transformers"
+  print(f"{args.out}: checkpoint {step}{', adapters merged' if merged else ''}{checked}")

@@ -1,0 +1,174 @@
+"""Opens weights of any known format by their path, and finds one module's tensors among them.
+
+A file may hold a whole system: the tensors of a tower are then below a prefix, which is found, not
+told. What is below it must be the module's exactly.
+"""
+
+import collections
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.convert import (
+  big_vision,
+  gguf,
+  gguf_llama,
+  llava,
+  nodes,
+  npz,
+  pth,
+  safetensors_io,
+  table,
+)
+from vlm_jax.core import fusion
+from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.tree import flatten
+
+READERS: dict[str, Callable[[Path], Any]] = {
+  "": safetensors_io.Reader, ".safetensors": safetensors_io.Reader, ".npz": npz.Reader,
+  ".gguf": gguf.Reader, ".pth": pth.Reader, ".pt": pth.Reader, ".bin": pth.Reader,
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FLOORS = {"tower": "towers", "connector": "connectors", "llm": "llm"}
+
+
+class View:
+  """Some tensors of a source under other names; see `table.Source`."""
+
+  def __init__(self, source: table.Source, names: Mapping[str, str]):
+    """`names` are ours to the source's."""
+    self._source, self._names = source, names
+    self.shapes = {name: source.shapes[key] for name, key in names.items()}
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self._source[self._names[key]]
+
+
+@contextlib.contextmanager
+def open_source(path: str | os.PathLike) -> Iterator[table.Source]:
+  """The tensors of a safetensors directory or of a .safetensors, .npz, .gguf or .pth file.
+
+  Raises:
+    UsageError: there is nothing, or a file of another kind.
+    DataError: it is damaged.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise UsageError(f"{path} does not exist; give the file or directory of the weights")
+  suffix = "" if path.is_dir() else path.suffix
+  if suffix not in READERS or path.is_file() and not suffix:
+    raise UsageError(f"{path}: weights are read from a directory of safetensors or a file named "
+                     f"{', '.join(filter(None, READERS))}")
+  with READERS[suffix](path) as reader:
+    yield gguf_llama.Source(reader) if isinstance(reader, gguf.Reader) else reader
+
+
+def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
+              shapes: Mapping[str, table.Shape], dtype: np.dtype) -> dict[str, np.ndarray]:
+  """The parameters of one module from weights that hold it.
+
+  Args:
+    path: see `open_source`.
+    node: "tower", "connector" or "llm".
+    config: the whole config.
+    shapes: path below the node to shape, of every parameter.
+    dtype: of the parameters.
+
+  Returns:
+    Path below the node to array.
+
+  Raises:
+    UsageError: as `open_source`, or the module has no key table.
+    DataError: the tensors are not exactly those of the module; names the field.
+  """
+  name = config[node].name
+  module = fusion.find(FLOORS[node], name, outside=config.outside)
+  tables = [keys for keys in (getattr(module, "KEYS", ()), big_vision.TABLES.get(name, ()))
+            if not set(shapes) - {path for path, _, _ in keys}]
+  if not tables:
+    raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so no "
+                     "weights of another program are known for it")
+  try:
+    with open_source(path) as source:
+      view, keys = find(source, tables, shapes)
+      if node == "llm":
+        _check_vocabulary(view, config)
+      entries = table.entries((("", "", keys),), shapes)
+      return flatten(table.load(view, entries, unread=unread(keys, shapes), dtype=dtype))
+  except DataError as error:
+    raise DataError(f"config.{node}.init={path}: {error}") from error
+
+
+def find(source: table.Source, tables: list[table.Keys],
+         shapes: Mapping[str, table.Shape]) -> tuple[View, table.Keys]:
+  """The tensors below the prefix that has most of a table's keys, without it, and that table.
+
+  Raises:
+    DataError: there is none, or two are equally good.
+  """
+  rename = table.renamer(_spellings(source))
+  spelled = {rename(key): key for key in source.shapes}
+  if len(spelled) < len(source.shapes):
+    twice = sorted(set(source.shapes) - set(spelled.values()))
+    raise DataError(f"weights: '{twice[0]}' and '{spelled[rename(twice[0])]}' are two spellings of "
+                    "one tensor; remove one of them")
+  best: tuple[int, str, table.Keys] = (0, "", tables[0])
+  for keys in tables:
+    expected = {entry.key for entry in table.entries((("", "", keys),), shapes)}
+    counts: collections.Counter[str] = collections.Counter()
+    for key in spelled:
+      starts = [0, *(match.end() for match in re.finditer(r"[./]", key))]
+      counts.update(key[:start] for start in starts if key[start:] in expected)
+    ranked = counts.most_common(2)
+    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
+      raise DataError(f"weights: '{ranked[0][0]}' and '{ranked[1][0]}' both begin "
+                      f"{ranked[0][1]} keys of the module; give a file that holds it once")
+    if ranked and ranked[0][1] > best[0]:
+      best = (ranked[0][1], ranked[0][0], keys)
+  count, prefix, keys = best
+  if not count:
+    raise DataError(f"weights: no key ends like one of the module's, e.g. '{keys[0][1]}'; the "
+                    f"first are {table.name_keys(sorted(spelled)[:3])}")
+  names = {key.removeprefix(prefix): theirs for key, theirs in spelled.items()
+           if key.startswith(prefix)}
+  return View(source, names), keys
+
+
+def _spellings(source: table.Source) -> tuple[tuple[str, str], ...]:
+  # A text model's own lm_head is where it belongs; that of a LLaVA in memory is not.
+  system = any("language_model." in key for key in source.shapes)
+  return (*big_vision.SPELLINGS, *(llava.SPELLINGS if system else ()))
+
+
+def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str], bool]:
+  """Which keys may be left over: those of parameters that the config does not make, and constants.
+
+  Args:
+    keys: of the module.
+    shapes: of its parameters.
+  """
+  numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
+  known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
+  known.append(big_vision.UNREAD)
+  return lambda key: key.endswith(nodes.BUFFERS) or any(row.fullmatch(key) for row in known)
+
+
+def _check_vocabulary(view: View, config: ConfigDict) -> None:
+  """Says which field is wrong where a padded vocabulary or a tied head would only be a shape."""
+  shape, llm = view.shapes.get(EMBEDDING), config.llm
+  if shape and shape[0] != llm.vocab_size:
+    raise DataError(f"weights: {EMBEDDING} has {shape[0]} rows, expected {llm.vocab_size}; set "
+                    f"config.llm.vocab_size={shape[0]} (it may be more than the tokenizer's)")
+  if shape and not llm.tie_embeddings and HEAD not in view.shapes:
+    raise DataError(f"weights: {HEAD} is missing, expected [{llm.vocab_size}, {llm.width}]; if the "
+                    "checkpoint ties it to the embedding, set config.llm.tie_embeddings=True")
+  if shape and llm.tie_embeddings and HEAD in view.shapes and not np.array_equal(
+      view[HEAD], view[EMBEDDING]):
+    raise DataError(f"weights: {HEAD} differs from {EMBEDDING}, expected the same; set "
+                    "config.llm.tie_embeddings=False")

@@ -1,0 +1,79 @@
+"""Where a new run's parameters come from beside the draw of its seed: `init` of config nodes.
+
+`config.tower.init`, `config.connector.init` and `config.llm.init` name weights in any known format
+(`convert.sources`) or another run; `config.lora.init` names adapters of PEFT. They are read once: a
+resumed run has its own checkpoint and does not need them.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.convert import adapters, sources
+from vlm_jax.core.adapters import is_adapter
+from vlm_jax.core.errors import DataError
+from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.core.typing import Params
+from vlm_jax.train import checkpoint_tools
+from vlm_jax.train.state import Leaf
+
+NODES = tuple(sources.FLOORS)
+
+
+def read(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+  """The parameters that the config's `init` fields name; {} when they name nothing.
+
+  Args:
+    config: every field.
+    leaves: path to Leaf of every parameter.
+
+  Returns:
+    Path to array, in the dtypes of the leaves.
+
+  Raises:
+    UsageError: there are no weights of a known kind.
+    DataError: they are damaged or of another model; the sentence names field and tensor.
+  """
+  found: dict[str, np.ndarray] = {}
+  for node in NODES:
+    if not config[node].init:
+      continue
+    mine = {path.partition("/")[2]: leaf for path, leaf in leaves.items()
+            if path.startswith(f"{node}/") and not is_adapter(path)}
+    dtype = np.dtype(next(iter(mine.values())).dtype)
+    if (Path(config[node].init) / checkpoint_tools.FOLDER).is_dir():
+      arrays = _of_run(config[node].init, node, mine, dtype)
+    else:
+      shapes = {path: leaf.shape for path, leaf in mine.items()}
+      arrays = sources.load_node(config[node].init, node, config, shapes, dtype)
+    found |= {f"{node}/{path}": array for path, array in arrays.items()}
+  if config.lora.init:
+    found |= {path: array.astype(leaves[path].dtype)
+              for path, array in adapters.read(config.lora.init, config).items()}
+  return found
+
+
+def place(params: Params, found: dict[str, np.ndarray]) -> Params:
+  """`params` with the arrays of `read` in their places, each where the old leaf lies."""
+  flat = flatten(params)
+  return unflatten({
+    path: jax.make_array_from_callback(leaf.shape, leaf.sharding, found[path].__getitem__)
+    if path in found else leaf for path, leaf in flat.items()
+  })
+
+
+def _of_run(run: str, node: str, leaves: dict[str, Leaf], dtype: np.dtype) -> dict[str, np.ndarray]:
+  """The node's parameters in the newest checkpoint of a run."""
+  contents = checkpoint_tools.sound(*checkpoint_tools.locate(run), ("params",))
+  prefix = f"params/{node}/"
+  theirs = {path.removeprefix(prefix): array for path, array in contents.arrays.items()
+            if path.startswith(prefix) and not is_adapter(path)}
+  for path in sorted(theirs.keys() | leaves.keys()):
+    shape = theirs[path].shape if path in theirs else "missing"
+    expected = leaves[path].shape if path in leaves else "no such parameter"
+    if shape != expected:
+      raise DataError(f"config.{node}.init={run}: {node}/{path} is {shape}, expected {expected}; "
+                      "the run is of another model")
+  return {path: array.astype(dtype) for path, array in theirs.items()}
