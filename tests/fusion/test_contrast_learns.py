@@ -20,7 +20,8 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.evals import embed
 from vlm_jax.evals.bootstrap import interval
 
-STEPS, BATCHES, PAIRS = 160, 24, 64
+BATCHES, PAIRS = 24, 64
+STEPS = {"clip": 160, "siglip": 400}
 GRIDS = np.random.default_rng(0).permutation(np.stack(np.unravel_index(range(256), (4,) * 4), -1))
 HELD_OUT, SEEN = GRIDS[:64], GRIDS[64:]
 
@@ -53,10 +54,10 @@ def batches(config, shuffled: bool) -> list[dict]:
 
 
 def trainer(config):
-  """A function from batches to the parameters after STEPS steps on them; compiled once."""
+  """A function from batches to the parameters after the strategy's STEPS on them; compiled once."""
   module = find_fusion(config)
-  model = module.Model(config)
-  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 6e-3, 20, STEPS))
+  model, steps = module.Model(config), STEPS[config.fusion.name]
+  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 6e-3, 20, steps))
 
   @jax.jit
   def step(params, state, flat):
@@ -72,7 +73,7 @@ def trainer(config):
   def train(flats):
     params = meta.unbox(init(flats[0]))
     state = optimizer.init(params)
-    for number in range(STEPS):
+    for number in range(steps):
       params, state = step(params, state, flats[number % len(flats)])
     return params
 
@@ -94,6 +95,6 @@ def test_texts_find_their_pictures(name):
   train = trainer(config)
   hits = found(config, train(batches(config, shuffled=False)))
   control = found(config, train(batches(config, shuffled=True)))
-  # Measured: all of them (clip), a third (siglip); none, and one in thirty, of the control.
+  # Measured: 1.0 (clip), 0.91 [0.83, 0.97] (siglip); both controls 0.03 [0, 0.08].
   assert interval(hits, seed=0)[0] > 5 * chance
   assert interval(control, seed=0)[0] <= chance

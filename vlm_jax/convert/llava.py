@@ -55,7 +55,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
   if (pixels := Path(directory) / processor.FILE).exists():
-    _read_processor(safetensors_io.read_json(pixels), config)
+    read_processor(safetensors_io.read_json(pixels), config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config, dtype)
 
@@ -211,8 +211,8 @@ def _check_tower(kind: str) -> None:
                      f"are {', '.join(TOWER_TYPES)}")
 
 
-def _read_processor(theirs: dict, config: ConfigDict) -> None:
-  """Sets how their preprocessor_config.json makes pixels of an image."""
+def read_processor(theirs: dict, config: ConfigDict) -> None:
+  """Sets how their preprocessor_config.json makes pixels of an image; UsageError if it cannot."""
   tower, decode = processor.read(theirs)
   if tower["image_size"] != config.tower.image_size:
     raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import nodes, safetensors_io, table
-from vlm_jax.convert.llava import BUFFERS, shapes
+from vlm_jax.convert import nodes, processor, safetensors_io, table
+from vlm_jax.convert.llava import BUFFERS, read_processor, shapes
 from vlm_jax.core import fusion
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
@@ -22,18 +22,17 @@ TOWER, TEXT = "vision_model.", "text_model."
 
 
 class System(NamedTuple):
-  """A published system: our strategy, what the tower pools, their names."""
+  """A published system: our strategy, what the tower pools, their class."""
 
   fusion: str
   pool: str
   architecture: str
-  processor: str
 
 
 SYSTEMS = {
-  "clip": System("clip", "tok", "CLIPModel", "CLIPImageProcessor"),
-  "siglip": System("siglip", "map", "SiglipModel", "SiglipImageProcessor"),
-  "siglip2": System("siglip", "map", "Siglip2Model", "Siglip2ImageProcessor"),
+  "clip": System("clip", "tok", "CLIPModel"),
+  "siglip": System("siglip", "map", "SiglipModel"),
+  "siglip2": System("siglip", "map", "Siglip2Model"),
 }
 
 
@@ -41,7 +40,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   """Reads a checkpoint.
 
   Args:
-    directory: holds config.json and safetensors weights.
+    directory: holds config.json and safetensors weights; a preprocessor_config.json is read too.
     config: any recipe; everything that does not describe the model stays as it is.
 
   Returns:
@@ -53,6 +52,9 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
+  pixels = Path(directory) / processor.FILE
+  if pixels.exists() and theirs["model_type"] != "siglip2":  # whose grids vary, ours do not
+    read_processor(safetensors_io.read_json(pixels), config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config)
 
@@ -79,6 +81,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params,
   directory = Path(directory)
   theirs = write_config(config)
   theirs["dtype"] = np.dtype(params["llm"]["embed"]["embedding"].dtype).name
+  pixels = _processor(config, theirs["model_type"])
   tensors = table.export(params, entries(config))
   if directory.exists() and any(directory.glob("*.safetensors*")):
     raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
@@ -87,8 +90,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params,
   except OSError as error:
     raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
   safetensors_io.write(directory, tensors, shard_bytes)
-  safetensors_io.write_json(directory / "preprocessor_config.json",
-                            _processor(config, theirs["model_type"]))
+  safetensors_io.write_json(directory / processor.FILE, pixels)
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
@@ -159,13 +161,12 @@ def write_config(config: ConfigDict) -> dict[str, Any]:
 
 def _processor(config: ConfigDict, kind: str) -> dict[str, Any]:
   """Their preprocessor_config.json: the same resize and pixel scaling."""
-  side = config.tower.image_size
-  size = ({"patch_size": config.tower.patch,
-           "max_num_patches": (side // config.tower.patch) ** 2} if kind == "siglip2"
-          else {"size": {"height": side, "width": side}, "do_center_crop": False})
+  if kind != "siglip2":
+    return processor.write(config)
+  patches = (config.tower.image_size // config.tower.patch) ** 2
   return {
-    "image_processor_type": SYSTEMS[kind].processor, **size,
-    "do_resize": True, "resample": 2 if kind == "siglip2" else 3,
+    "image_processor_type": "Siglip2ImageProcessor", "patch_size": config.tower.patch,
+    "max_num_patches": patches, "do_resize": True, "resample": 2,
     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
     "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
   }
