@@ -191,11 +191,13 @@ def test_the_recipe_of_simvlm_has_its_slots():
 def test_every_system_of_the_readme_is_counted_or_says_why_not():
   text = (Path(__file__).parents[2] / "README.md").read_text()
   table = text.split("## Systems")[1].split("## ")[0]
-  names = [line.split("|")[2].strip() for line in table.splitlines() if re.match(r"\| \d", line)]
-  assert len(names) > 40
+  rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d", line)]
+  sources = {row[2].strip(): row[3].strip() for row in rows}
+  assert len(sources) > 40
   begins = lambda key, name: key == name or key.startswith(name + " ")
-  for name in names:
+  for name, source in sources.items():
     counted = [key for key in SYSTEMS if begins(key, name)]
     assert bool(counted) != (name in UNCOUNTED), (name, counted)
-  known = [key for key in (*SYSTEMS, *UNCOUNTED) if any(begins(key, name) for name in names)]
+    assert {SYSTEMS[key].source for key in counted} <= {source}, name
+  known = [key for key in (*SYSTEMS, *UNCOUNTED) if any(begins(key, name) for name in sources)]
   assert known == [*SYSTEMS, *UNCOUNTED], "a system that the README does not list"

@@ -85,11 +85,6 @@ def image_blocks(n: int, images: Iterable[int]) -> int:
   return causal(n) + sum(full(slots) - causal(slots) for slots in images)
 
 
-def window(n: int, size: int) -> int:
-  """Causal, at most `size` tokens back, the token itself counted."""
-  return causal(n) if n <= size else causal(size) + (n - size) * size
-
-
 def cross(queries: int, keys: int) -> int:
   """Every query sees every key of another sequence."""
   return queries * keys

@@ -51,20 +51,21 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """A published system: `image(height, width)` in pixels, and in words the `rule` it follows."""
+  """A published system: its `source`, its `rule` in words, and `image(height, width)` in pixels."""
 
+  source: str
   rule: str
   image: Callable[[int, int], Image]
 
 
-def fixed(rule: str, slots: int, **fields) -> System:
+def fixed(source: str, rule: str, slots: int, **fields) -> System:
   """A system whose images are resized to one size, so that their number never changes."""
-  return System(rule, lambda height, width: Image(slots, **fields))
+  return System(source, rule, lambda height, width: Image(slots, **fields))
 
 
-def sized(rule: str, slots: Callable[[int, int], int]) -> System:
+def sized(source: str, rule: str, slots: Callable[[int, int], int]) -> System:
   """A system whose slots depend on (height, width)."""
-  return System(rule, lambda height, width: Image(slots(height, width)))
+  return System(source, rule, lambda height, width: Image(slots(height, width)))
 
 
 def patches(size: int, patch: int) -> int:
@@ -217,49 +218,60 @@ def idefics3(height: int, width: int, *, longest: int = 1456, tile: int = 364) -
 CLIP_336 = patches(336, 14)
 FLAMINGO = Memory(rows=64, width=1536, every=4, mlp=4)  # the 9B model; 1 at 3B, 7 at 80B
 
+# By the README's names, and what tells forms of one system apart.
 SYSTEMS: dict[str, System] = {
-  "LLaVA": fixed("CLIP-L/14 at 224", patches(224, 14)),
-  "LLaVA-1.5": fixed("CLIP-L/14 at 336", CLIP_336),
-  "LLaVA-NeXT": sized("AnyRes: 576 and the unpadded canvas with newlines", llava_next),
-  "SimVLM": fixed("224 pixels at stride 16, as a prefix", patches(224, 16), mask="prefix"),
-  **{f"PaliGemma {size}": fixed(f"SigLIP/14 at {size}, image and prompt see each other",
+  "LLaVA": fixed("2304.08485", "CLIP-L/14 at 224", patches(224, 14)),
+  "LLaVA-1.5": fixed("2310.03744", "CLIP-L/14 at 336", CLIP_336),
+  "LLaVA-NeXT": sized("blog, 2024", "AnyRes: 576 and the canvas unpadded, a newline a row",
+                      llava_next),
+  "SimVLM": fixed("2108.10904", "224 pixels at stride 16, in the prefix", patches(224, 16),
+                  mask="prefix"),
+  **{f"PaliGemma {size}": fixed("2407.07726", f"SigLIP/14 at {size}, image and prompt the prefix",
                                 patches(size, 14), mask="prefix") for size in (224, 448, 896)},
-  "CM3": fixed("VQGAN codes of 256 pixels at stride 16", patches(256, 16)),
-  "BEiT-3": fixed("patches of 16 at 224 and a class token", patches(224, 16) + 1, mask="full"),
-  "Fuyu": sized("patches of 30, a newline a row, no encoder", fuyu),
-  "Chameleon": fixed("VQ codes of 512 pixels at stride 16, begin and end", patches(512, 16) + 2),
-  "CoCa": fixed("256 pooled rows, read by half of the layers", 0,
+  "CM3": fixed("2201.07520", "VQGAN codes of 256 pixels at stride 16", patches(256, 16)),
+  "BEiT-3": fixed("2208.10442", "patches of 16 at 224 and a class token", patches(224, 16) + 1,
+                  mask="full"),
+  "Fuyu": sized("blog, 2023", "patches of 30, a newline a row, no encoder", fuyu),
+  "Chameleon": fixed("2405.09818", "VQ codes of 512 pixels at stride 16, begin and end",
+                     patches(512, 16) + 2),
+  "CoCa": fixed("2205.01917", "256 pooled rows, read by half of the layers", 0,
                 memory=Memory(rows=patches(288, 18), width=1408, every=2, mlp=0)),
-  "Flamingo": fixed("64 latents, read by every fourth layer (9B)", 1, memory=FLAMINGO),
-  "BLIP-2": fixed("32 queries", 32),
-  "InstructBLIP": fixed("32 queries that have read the instruction", 32),
-  "Perceiver Resampler": fixed("64 latents, put into the sequence", 64),
-  "WiCo": fixed("windows of 2 x 2 of LLaVA-1.5's patches", CLIP_336 // 4),
-  "WiCo+": fixed("144, 576 again in the last two layers", CLIP_336 // 4, later=CLIP_336, at=-2),
-  "DeepSeek-VL": fixed("SAM at 1024 and SigLIP at 384 on one grid of 24 x 24", patches(384, 16)),
-  **{f"DeepSeek-OCR {mode}": sized(f"16 x compressor, {view} pixels",
+  "Flamingo": fixed("2204.14198", "64 latents, read by every fourth layer (9B)", 1,
+                    memory=FLAMINGO),
+  "BLIP-2": fixed("2301.12597", "32 queries", 32),
+  "InstructBLIP": fixed("2305.06500", "32 queries that have read the instruction", 32),
+  "Perceiver Resampler": fixed("2204.14198", "64 latents, put into the sequence", 64),
+  "WiCo": fixed("2504.04024", "windows of 2 x 2 of LLaVA-1.5's patches", CLIP_336 // 4),
+  "WiCo+": fixed("2504.04024", "144, 576 again in the last two layers", CLIP_336 // 4,
+                 later=CLIP_336, at=-2),
+  "DeepSeek-VL": fixed("2403.05525", "SAM at 1024 and SigLIP at 384 on one grid of 24 x 24",
+                       patches(384, 16)),
+  **{f"DeepSeek-OCR {mode}": sized("2510.18234", f"{view} pixels, a newline a row, a separator",
                                    functools.partial(deepseek_ocr, view=view))
      for mode, view in (("tiny", 512), ("small", 640), ("base", 1024), ("large", 1280))},
-  "DeepSeek-OCR gundam": sized("up to 6 tiles of 640 and the whole at 1024",
+  "DeepSeek-OCR gundam": sized("2510.18234", "up to 6 tiles of 640 and the whole at 1024",
                                functools.partial(deepseek_ocr, view=1024, tile=640)),
-  "Ovis 2": sized("up to 9 tiles of 448 and the small image, 256 each", ovis2),
-  "C-Abstractor 144": fixed("convolutions around a pool to 12 x 12", 144),
-  "C-Abstractor 256": fixed("convolutions around a pool to 16 x 16", 256),
-  "D-Abstractor": fixed("144 queries that sample the features", 144),
-  "Victor": fixed("576 and 8 registers, from layer 3 on the registers alone", CLIP_336 + 8, later=8,
-                  at=3),
-  "LLaVA-Mini": fixed("1 query, after 4 layers of its own over everything", 1,
+  "Ovis 2": sized("2405.20797", "up to 9 tiles of 448 and the small image, 256 each", ovis2),
+  "C-Abstractor 144": fixed("2312.06742", "convolutions around a pool to 12 x 12", 144),
+  "C-Abstractor 256": fixed("2312.06742", "convolutions around a pool to 16 x 16", 256),
+  "D-Abstractor": fixed("2312.06742", "144 queries that sample the features", 144),
+  "Victor": fixed("2410.14072", "576 and 8 registers, from layer 3 on the registers alone",
+                  CLIP_336 + 8, later=8, at=3),
+  "LLaVA-Mini": fixed("2501.03895", "1 query, after 4 layers of its own over everything", 1,
                       before=(4, CLIP_336 + 1)),
-  **{f"TokenPacker {scale}x": fixed(f"24 x 24 shrunk {scale} times a side", (24 // scale) ** 2)
-     for scale in (2, 3, 4)},
-  "pixel shuffle (Idefics3)": sized("tiles of 364 and the small image, 169 each", idefics3),
-  "pixel shuffle (InternVL)": sized("up to 12 tiles of 448 and the small image, 256 each",
-                                    internvl),
-  "adaptive pooling": fixed("windows of 2 x 2 of LLaVA-1.5's patches, averaged", CLIP_336 // 4),
-  "ToMe": fixed("18 merged in each of the 23 layers LLaVA-1.5 reads, the class token dropped",
+  **{f"TokenPacker {scale}x": fixed("2407.02392", f"24 x 24 shrunk {scale} times a side",
+                                    (24 // scale) ** 2) for scale in (2, 3, 4)},
+  "pixel shuffle (Idefics3)": sized("2504.05299", "tiles of 364 and the small image, 169 each",
+                                    idefics3),
+  "pixel shuffle (InternVL)": sized("2504.05299", "up to 12 tiles of 448 and the small image, 256 "
+                                    "each", internvl),
+  "adaptive pooling": fixed("", "windows of 2 x 2 of LLaVA-1.5's patches, averaged", CLIP_336 // 4),
+  "ToMe": fixed("2210.09461", "18 merged in each of the 23 layers that LLaVA-1.5 reads",
                 CLIP_336 - 18 * 23),
-  "FastV": fixed("half of LLaVA-1.5's dropped after 2 layers", CLIP_336, later=CLIP_336 // 2, at=2),
-  "MM-Interleaved": fixed("64 queries behind a start; sampling of finer maps not counted", 64 + 1),
+  "FastV": fixed("2403.06764", "half of LLaVA-1.5's dropped after 2 layers", CLIP_336,
+                 later=CLIP_336 // 2, at=2),
+  "MM-Interleaved": fixed("2401.10208", "64 queries behind a start; sampled finer maps not counted",
+                          64 + 1),
 }
 
 _IMAGES = "as many as its images: see the system that reads them"
