@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.report.test_report import Page
@@ -31,7 +32,7 @@ def test_the_table_has_every_system(capsys):
 def test_numbers_as_json(capsys):
   assert cli.main([*ASKED, "--json", "--memory=40"]) == errors.OK
   plan = json.loads(capsys.readouterr().out)
-  assert plan == plan_tokens.compare((1920, 1080), LLMS["vicuna-7b"], 50, 14, 40 * 10**9)
+  assert plan == plan_tokens.compare((1920, 1080), 1, LLMS["vicuna-7b"], 50, 14, 40 * 10**9)
   row, llm = plan["systems"]["LLaVA-1.5"], LLMS["vicuna-7b"]
   assert row["sequence"] == 640 and row["kv_bytes"] == 640 * 32 * 4096 * 2 * 2
   assert row["pairs"] == 32 * 640 * 641 // 2
@@ -39,15 +40,25 @@ def test_numbers_as_json(capsys):
 
 
 def test_pairs_by_mask_are_those_of_the_masks():
-  slots, text, answer = 5, 3, 2
+  each, images, text, answer = 5, 2, 3, 2
+  slots = each * images
   n = slots + text + answer
   ones = lambda mask: int(mask.dense().sum())
-  made = plan_tokens.by_mask(slots, text, answer)
+  made = plan_tokens.by_mask(each, images, text, answer)
   assert made["causal"] == ones(causal(n)) and made["full"] == ones(full(n))
   assert made["prefix"] == ones(prefix(n, slots + text))
-  ends = [slots] * slots + [0] * (text + answer)
-  assert made["bidirectional image"] == ones(see_until(causal(n), ends))
-  assert made["cross-attention"] == ones(causal(text + answer)) + (text + answer) * slots
+  ends = np.array([each] * each + [slots] * each + [0] * (text + answer))
+  assert made["bidirectional images"] == ones(see_until(causal(n), ends))
+  assert made["cross-attention to all"] == ones(causal(text + answer)) + (text + answer) * slots
+  assert made["to the last image"] == ones(causal(text + answer)) + (text + answer) * each
+
+
+def test_several_images(capsys):
+  assert cli.main([*ASKED, "--images=10", "--json"]) == errors.OK
+  plan = json.loads(capsys.readouterr().out)["systems"]
+  assert plan["LLaVA-1.5"]["sequence"] == 5760 + 64 and plan["LLaVA-1.5"]["context_share"] > 1
+  assert plan["LLaVA-NeXT"]["slots"] == 19480
+  assert (plan["Flamingo"]["slots"], plan["Flamingo"]["memory_rows"]) == (10, 640)
 
 
 def test_it_is_drawn(tmp_path, capsys):
@@ -66,8 +77,9 @@ def test_a_language_model_of_ones_own():
   fields = "depth=3,width=64,heads=4,mlp=128,vocab_size=500,context=2048"
   assert plan_tokens.read_llm(fields) == LLM(3, 64, 4, 4, 16, 128, 500, 2048)
   assert plan_tokens.read_llm("vicuna-7b,kv_heads=8").kv_heads == 8
-  grouped = plan_tokens.compare((9, 9), plan_tokens.read_llm("vicuna-7b,kv_heads=8"), 9, 9, 10**11)
-  whole = plan_tokens.compare((9, 9), LLMS["vicuna-7b"], 9, 9, 10**11)
+  grouped = plan_tokens.compare((9, 9), 1, plan_tokens.read_llm("vicuna-7b,kv_heads=8"), 9, 9,
+                                10**11)
+  whole = plan_tokens.compare((9, 9), 1, LLMS["vicuna-7b"], 9, 9, 10**11)
   key = lambda plan: plan["systems"]["LLaVA-1.5"]["kv_bytes"]
   assert key(whole) == 4 * key(grouped)
 
@@ -76,6 +88,7 @@ def test_a_language_model_of_ones_own():
   (["--image=big"], "--image is 'big'; give width and height in pixels, e.g. 640x480"),
   (["--image=0x9"], "each 1 to 100000"),
   (["--image=640x480x3"], "--image is '640x480x3'"),
+  (["--images=0"], "--images is 0; use 1 to 100000"),
   (["--text=-1"], "--text is -1; use 0 to 100000"),
   (["--text=few"], "--text: invalid int value"),
   (["--memory=nan"], "--memory is nan; use 1 to"),

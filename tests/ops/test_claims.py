@@ -122,6 +122,8 @@ CLAIMS = [
   Claim("576 of 4096 drop 90 to 95%", True, 90 <= 100 * (1 - 576 / 4096) <= 95, "wrong"),
   Claim("LLaVA-Mini: 0.17% of 576", 0.17, Fraction(100 * slots("LLaVA-Mini"), 576), "rounded",
         0.01),
+  Claim("YOPO: windows of 5 x 5 leave 4.3% of the pairs of patches", 4.3, Fraction(100 * 25, 576),
+        "rounded", 0.1),
   Claim("Victor: 1% of 576", 1, Fraction(100 * SYSTEMS["Victor"].image(9, 9).later, 576),
         "rounded"),
   Claim("Victor: 5.1 times fewer FLOPs", 5.1, speedup(SYSTEMS["Victor"].image(9, 9)), "rounded",

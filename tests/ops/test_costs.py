@@ -126,6 +126,23 @@ def test_cross_attention_and_layers_before():
   assert costs.cache_bytes(before, TINY, 4) == costs.cache_bytes(plain, TINY, 4)
 
 
+def test_several_images():
+  three = lambda image: dataclasses.replace(image, count=3)
+  for image in (Image(5), Image(5, later=2, at=1), Image(5, mask="prefix")):
+    whole = dataclasses.replace(image, slots=15, later=image.later and 6)
+    for cost in (costs.pairs, costs.layer_flops, costs.cache_bytes):
+      assert cost(three(image), TINY, 4) == cost(whole, TINY, 4)
+  memory = Memory(rows=5, width=6, every=2, mlp=4)
+  crossed = three(Image(1, memory=memory))
+  assert costs.pairs(crossed, TINY, 4) == 3 * costs.causal(7) + 2 * 7 * 5, "reads one image"
+  assert costs.cache_bytes(crossed, TINY, 4) == costs.cache_bytes(Image(3), TINY, 4) + (
+    2 * 15 * 2 * 8 * 2), "keeps all"
+  assert costs.parameters(crossed, TINY) == costs.parameters(Image(1, memory=memory), TINY)
+  before = three(Image(1, before=(2, 9)))
+  assert costs.pairs(before, TINY, 4) == 3 * costs.causal(7) + 3 * 2 * costs.causal(13)
+  assert costs.parameters(before, TINY) == TINY.matrices + 2 * TINY.layer
+
+
 def test_the_largest_batch_fits_and_one_more_does_not():
   llm, memory = LLMS["vicuna-7b"], 40 * 10**9
   made = costs.estimate(SYSTEMS["LLaVA-1.5"].image(336, 336), llm, 64, 64, memory)

@@ -148,6 +148,13 @@ def test_deepseek_ocr(mode, view, tile, count):
     assert count in (None, len(theirs))
 
 
+@pytest.mark.parametrize("size,view,tile,most,count", [
+  ((1280, 1280), 1024, 640, 6, 693), ((1920, 1280), 1024, 640, 6, 903),
+  ((1920, 1920), 1024, 640, 9, 1203), ((2048, 2048), 1280, 1024, 6, 1477)])
+def test_tiles_of_deepseek_ocr_by_hand(size, view, tile, most, count):
+  assert visual_tokens.deepseek_ocr(*size, view=view, tile=tile, most=most) == count
+
+
 def test_fixed_counts_are_those_of_the_configs():
   from transformers import (
     Blip2Config,

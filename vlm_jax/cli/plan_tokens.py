@@ -13,17 +13,17 @@ from vlm_jax.ops.costs import LLM, LLMS
 from vlm_jax.ops.visual_tokens import SYSTEMS, UNCOUNTED
 
 LARGEST = 100_000  # pixels a side, tokens of a text
-DEFAULTS = {"image": "640x480", "text": 64, "answer": 64, "llm": "vicuna-7b", "memory": 80.0,
-            "out": None}
+DEFAULTS = {"image": "640x480", "images": 1, "text": 64, "answer": 64, "llm": "vicuna-7b",
+            "memory": 80.0, "out": None}
 DERIVED = {"kv_heads": lambda known: known["heads"],
            "head_dim": lambda known: known["width"] // known["heads"]}
 REFERENCE = "LLaVA-1.5"  # whose sequence is shown under every mask
 ASSUMED = (
-  "The same language model for every system; one image, then the prompt, then the answer, which "
-  "training predicts. FLOPs are those of the language model's matrices and of visible pairs; the "
-  "backward pass costs twice the forward pass, as if every parameter trained. Vision tower and "
-  "connector are not counted. Weights, keys and values take 2 bytes a number, and nothing else "
-  "takes memory: the batch is an upper bound.")
+  "The same language model for every system; images, each as if alone, then the prompt, then the "
+  "answer, which training predicts. FLOPs are those of the language model's matrices and of visible "
+  "pairs; the backward pass costs twice the forward pass, as if every parameter trained. Vision "
+  "tower and connector are not counted. Weights, keys and values take 2 bytes a number, and nothing "
+  "else takes memory: the batch is an upper bound.")
 COLUMNS = (  # heading, width, the cell of a row
   ("slots", 7, lambda row: f"{row['slots']:,}"),
   ("memory", 8, lambda row: f"{row['memory_rows']:,}" if row["memory_rows"] else "-"),
@@ -42,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--tokens", action="store_true",
                      help="what an image costs in every published system")
   group.add_argument("--image", metavar="WxH", help="its pixels (640x480)")
+  group.add_argument("--images", metavar="N", type=int, help="how many of them, or of frames (1)")
   group.add_argument("--text", metavar="N", type=int, help="tokens of the prompt (64)")
   group.add_argument("--answer", metavar="N", type=int, help="tokens of the answer (64)")
   group.add_argument("--llm", metavar="NAME[,FIELD=N...]",
@@ -64,13 +65,13 @@ def run(args: argparse.Namespace) -> None:
     raise UsageError("--tokens compares published systems and reads no recipe; leave out --config")
   given = {name: default if getattr(args, name) is None else getattr(args, name)
            for name, default in DEFAULTS.items()}
-  for name, least in (("text", 0), ("answer", 0), ("memory", 1)):
+  for name, least in (("images", 1), ("text", 0), ("answer", 0), ("memory", 1)):
     if not least <= given[name] <= LARGEST:
       raise UsageError(f"--{name} is {given[name]:g}; use {least} to {LARGEST}")
   if given["out"] is not None and not given["out"].endswith(".html"):
     raise UsageError(f"--out is {given['out']}; name a file that ends in .html")
-  plan = compare(image_size(given["image"]), read_llm(given["llm"]), given["text"],
-                 given["answer"], round(given["memory"] * 1e9))
+  plan = compare(image_size(given["image"]), given["images"], read_llm(given["llm"]),
+                 given["text"], given["answer"], round(given["memory"] * 1e9))
   if given["out"] is not None:
     write_atomically(given["out"], draw(plan))
   print(json.dumps(plan) if args.json else render(plan))
@@ -126,48 +127,54 @@ def read_llm(text: str) -> LLM:
   return llm
 
 
-def compare(image: tuple[int, int], llm: LLM, text: int, answer: int,
+def compare(image: tuple[int, int], images: int, llm: LLM, text: int, answer: int,
             memory: int) -> dict[str, Any]:
   """The costs of every system.
 
   Args:
     image: width and height in pixels.
+    images: how many of them.
     llm: the language model, the same for all.
     text, answer: tokens of the prompt and of the answer.
     memory: bytes of the device.
 
   Returns:
-    "image", "text", "answer", "llm", "memory", "assumed" (in words), "systems" {name: what
-    `costs.estimate` returns, "context_share", "rule", "source"}, "uncounted" {name: why}, "masks"
-    {name: visible pairs of one layer for the slots of LLaVA-1.5}.
+    "image", "images", "text", "answer", "llm", "memory", "assumed" (in words), "systems" {name:
+    what `costs.estimate` returns, "context_share", "rule", "source"}, "uncounted" {name: why},
+    "masks" {name: visible pairs of one layer for the slots of LLaVA-1.5}.
   """
   width, height = image
   systems = {}
   for name, system in SYSTEMS.items():
-    row = costs.estimate(system.image(height, width), llm, text, answer, memory)
+    seen = dataclasses.replace(system.image(height, width), count=images)
+    row = costs.estimate(seen, llm, text, answer, memory)
     systems[name] = row | {"context_share": row["sequence"] / llm.context, "rule": system.rule,
                            "source": system.source}
-  return {"image": list(image), "text": text, "answer": answer, "llm": dataclasses.asdict(llm),
-          "memory": memory, "assumed": ASSUMED, "systems": systems, "uncounted": dict(UNCOUNTED),
-          "masks": by_mask(systems[REFERENCE]["slots"], text, answer)}
+  return {"image": list(image), "images": images, "text": text, "answer": answer,
+          "llm": dataclasses.asdict(llm), "memory": memory, "assumed": ASSUMED,
+          "systems": systems, "uncounted": dict(UNCOUNTED),
+          "masks": by_mask(SYSTEMS[REFERENCE].image(height, width).slots, images, text, answer)}
 
 
-def by_mask(slots: int, text: int, answer: int) -> dict[str, int]:
-  """Visible pairs of one layer when image and text see each other by one rule or another."""
+def by_mask(each: int, images: int, text: int, answer: int) -> dict[str, int]:
+  """Visible pairs of one layer when images and text see each other by one rule or another."""
+  slots = each * images
   n = slots + text + answer
   return {
     "causal": costs.causal(n),
-    "bidirectional image": costs.image_blocks(n, [slots]),
+    "bidirectional images": costs.image_blocks(n, [each] * images),
     "prefix": costs.prefix(n, slots + text),
     "full": costs.full(n),
-    "cross-attention": costs.causal(text + answer) + costs.cross(text + answer, slots),
+    "cross-attention to all": costs.causal(text + answer) + costs.cross(text + answer, slots),
+    "to the last image": costs.causal(text + answer) + costs.cross(text + answer, each),
   }
 
 
 def lead(plan: dict[str, Any]) -> str:
   """What is compared, in one sentence."""
   llm, (width, height) = plan["llm"], plan["image"]
-  return (f"An image of {width} x {height} pixels, {plan['text']} tokens of prompt, "
+  what = "An image" if plan["images"] == 1 else f"{plan['images']:,} images"
+  return (f"{what} of {width} x {height} pixels, {plan['text']} tokens of prompt, "
           f"{plan['answer']} of answer; a language model of {llm['depth']} layers of "
           f"{llm['width']}, {llm['heads']} heads in {llm['kv_heads']} groups of {llm['head_dim']}, "
           f"context {llm['context']:,}; a device of {plan['memory'] / 1e9:g} GB")

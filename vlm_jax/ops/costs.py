@@ -100,15 +100,16 @@ def kv_bytes(tokens: int, layers: int, kv_heads: int, head_dim: int, size: int =
   return 2 * tokens * layers * kv_heads * head_dim * size
 
 
-# An image and text before a language model.
+# Images and text before a language model.
 
 
 def runs(image: Image, depth: int) -> list[tuple[int, int]]:
-  """[(layers, slots of the image in them), ...], in order."""
+  """[(layers, slots of all images in them), ...], in order."""
   if image.later is None:
-    return [(depth, image.slots)]
+    return [(depth, image.slots * image.count)]
   first = min(max(image.at if image.at >= 0 else depth + image.at, 0), depth)
-  return [run for run in ((first, image.slots), (depth - first, image.later)) if run[0]]
+  slots = ((first, image.slots), (depth - first, image.later))
+  return [(layers, each * image.count) for layers, each in slots if layers]
 
 
 def crossings(image: Image, depth: int) -> int:
@@ -137,9 +138,10 @@ def pairs(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
   total = sum(layers * visible(image.mask, slots + text, slots + prompt)
               for layers, slots in runs(image, llm.depth))
   layers, slots = image.before
-  total += layers * causal(slots + prompt)  # the answer is not read before it is said
+  total += image.count * layers * causal(slots + prompt)  # the answer has not been said yet
   if image.memory:
-    total += crossings(image, llm.depth) * cross(image.slots + text, image.memory.rows)
+    queries = image.slots * image.count + text
+    total += crossings(image, llm.depth) * cross(queries, image.memory.rows)
   return total
 
 
@@ -148,20 +150,21 @@ def layer_flops(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
   text = prompt + answer
   numbers = sum(layers * llm.layer * (slots + text) for layers, slots in runs(image, llm.depth))
   layers, slots = image.before
-  numbers += layers * llm.layer * (slots + prompt)
+  numbers += image.count * layers * llm.layer * (slots + prompt)
   if image.memory:
     token, row = _crossing(image, llm)
     numbers += crossings(image, llm.depth) * (
-      token * (image.slots + text) + row * image.memory.rows)
+      token * (image.slots * image.count + text) + row * image.memory.rows * image.count)
   return 2 * numbers + 4 * llm.heads * llm.head_dim * pairs(image, llm, prompt, answer)
 
 
 def cache_bytes(image: Image, llm: LLM, text: int) -> int:
-  """Bytes of all keys and values when image and text have been read."""
+  """Bytes of all keys and values when images and text have been read."""
   total = sum(kv_bytes(slots + text, layers, llm.kv_heads, llm.head_dim)
               for layers, slots in runs(image, llm.depth))
   if image.memory:
-    total += kv_bytes(image.memory.rows, crossings(image, llm.depth), llm.heads, llm.head_dim)
+    total += kv_bytes(image.memory.rows * image.count, crossings(image, llm.depth), llm.heads,
+                      llm.head_dim)
   return total
 
 
@@ -174,25 +177,25 @@ def largest_batch(memory: int, weights: int, sequence: int) -> int:
 
 
 def estimate(image: Image, llm: LLM, prompt: int, answer: int, memory: int) -> dict[str, int]:
-  """The costs of one image, a prompt and an answer.
+  """The costs of images, a prompt and an answer.
 
   Args:
-    image: what the image is.
+    image: what the images are.
     llm: the language model.
     prompt, answer: their tokens; the answer is what training predicts.
     memory: bytes of the device.
 
   Returns:
-    "slots" of the image where it has most, "memory_rows", "sequence": tokens in all where they are
-    most, "pairs" (see `pairs`), "prefill_flops" of image and prompt, "train_flops" of one sequence
-    in a step, "kv_bytes" of one sequence, "batch": how many of them fit.
+    "slots" of all images where they have most, "memory_rows", "sequence": tokens in all where they
+    are most, "pairs" (see `pairs`), "prefill_flops" of images and prompt, "train_flops" of one
+    sequence in a step, "kv_bytes" of one sequence, "batch": how many of them fit.
   """
   text, head = prompt + answer, 2 * llm.width * llm.vocab_size
   slots = max(slots for _, slots in runs(image, llm.depth))
   cache = cache_bytes(image, llm, text)
   return {
     "slots": slots,
-    "memory_rows": image.memory.rows if image.memory else 0,
+    "memory_rows": image.memory.rows * image.count if image.memory else 0,
     "sequence": slots + text,
     "pairs": pairs(image, llm, prompt, answer),
     "prefill_flops": layer_flops(image, llm, prompt) + head,

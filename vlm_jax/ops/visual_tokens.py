@@ -30,15 +30,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """What one image is to the language model.
+  """What one image, or several alike, are to the language model.
 
   Attributes:
-    slots: places in its sequence.
+    slots: places of one image in its sequence.
     mask: "causal", "prefix" (image and prompt see each other) or "full".
     later: slots from layer `at` on, None: as before.
     at: that layer; a negative one counts from the last.
-    memory: what cross-attention reads, if any.
-    before: (layers, slots) of layers of the same shape that read image and prompt first.
+    memory: what cross-attention reads, if any: of several images the last one before the text.
+    before: (layers, slots) of layers of the same shape that read one image and the prompt first.
+    count: how many images.
   """
 
   slots: int
@@ -47,6 +48,7 @@ class Image:
   at: int = 0
   memory: Memory | None = None
   before: tuple[int, int] = (0, 0)
+  count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +276,8 @@ SYSTEMS: dict[str, System] = {
                           64 + 1),
 }
 
-_IMAGES = "as many as its images: see the system that reads them"
-_FRAMES = "as many as its frames: see the system that reads them"
+_IMAGES = "several images of one of the systems above: see --images"
+_FRAMES = "frames are images of one of the systems above: see --images"
 UNCOUNTED: dict[str, str] = {
   "VisualBERT": "regions of a detector, not pixels",
   "LXMERT": "objects of a detector, not pixels",
