@@ -12,7 +12,7 @@ import pytest
 
 from vlm_jax.ops import costs
 from vlm_jax.ops.costs import LLMS, causal, cross, full, kv_bytes
-from vlm_jax.ops.visual_tokens import SYSTEMS, Image, fuyu, ovis2, patches
+from vlm_jax.ops.visual_tokens import SYSTEMS, Footprint, fuyu, ovis2, patches
 
 VICUNA = LLMS["vicuna-7b"]
 KV = kv_bytes(4146, 32, 32, 128)  # the usual example: an image of 4096 tokens, 50 of text
@@ -29,7 +29,7 @@ def flops(image, text=64):
 
 
 def speedup(image, text=64):
-  return Fraction(flops(Image(576), text), flops(image, text))
+  return Fraction(flops(Footprint(576), text), flops(image, text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ CLAIMS = [
   Claim("... 1.5 M in 12 layers", 1.5e6, 12 * full(350), "rounded", 1e5),
   Claim("137 times fewer pairs", 137, Fraction(full(4146), full(350)), "wrong"),
   Claim("... hence 137 times faster", 137,
-        Fraction(flops(Image(4096), 50), flops(Image(300), 50)), "wrong"),
+        Fraction(flops(Footprint(4096), 50), flops(Footprint(300), 50)), "wrong"),
   Claim("2.1 GB of keys and values for 4146 tokens", 2.1e9, KV, "wrong", 1e8),
   Claim("180 MB for 350", 180e6, KV_FEW, "rounded", 1e7),
   Claim("12 times less", 12, Fraction(KV, KV_FEW), "rounded"),
@@ -177,4 +177,4 @@ def test_how_far_off_the_ratios_are():
   assert round(float(Fraction(full(4196), cross(100, 4096) + full(100))), 2) == 41.96
   assert round(float(Fraction(causal(4196), cross(100, 4096) + causal(100))), 2) == 21.24
   # Pairs fall 140 times, but the matrices see 12 times fewer tokens, and they are most of the work.
-  assert 11.8 < flops(Image(4096), 50) / flops(Image(300), 50) < 14
+  assert 11.8 < flops(Footprint(4096), 50) / flops(Footprint(300), 50) < 14

@@ -13,7 +13,7 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.ops import costs
 from vlm_jax.ops.costs import LLM, LLMS
-from vlm_jax.ops.visual_tokens import SYSTEMS, UNCOUNTED, Image, Memory
+from vlm_jax.ops.visual_tokens import SYSTEMS, UNCOUNTED, Footprint, Memory
 from vlm_jax.train import state as states
 from vlm_jax.train.metrics import Work
 
@@ -40,7 +40,7 @@ def test_pairs_of_image_blocks():
 
 
 def test_attention_counts_visible_pairs_only():
-  image = Image(6, mask="prefix")
+  image = Footprint(6, mask="prefix")
   shown = count(masks.prefix(6 + 2 + 3, 6 + 2))
   assert costs.pairs(image, TINY, 2, 3) == TINY.depth * shown
   n = 6 + 2 + 3
@@ -92,25 +92,25 @@ def test_flops_are_those_that_training_logs():
                  if path.startswith("llm/layers") and len(leaf.shape) > 2)
   assert matrices == llm.depth * ours.layer
   tokens, predicted = 500, 30
-  step = costs.estimate(Image(400), ours, 70, predicted, 0)["train_flops"]
+  step = costs.estimate(Footprint(400), ours, 70, predicted, 0)["train_flops"]
   assert step == (6 * tokens * matrices + work.attention({"text": costs.causal(tokens)})
                   + work.head(predicted))
 
 
 def test_layers_that_change_their_slots():
-  assert costs.runs(Image(7), 5) == [(5, 7)]
-  assert costs.runs(Image(7, later=2, at=3), 5) == [(3, 7), (2, 2)]
-  assert costs.runs(Image(7, later=9, at=-2), 5) == [(3, 7), (2, 9)]
-  assert costs.runs(Image(7, later=2, at=8), 5) == [(5, 7)], "a model without those layers"
-  image = Image(7, later=2, at=1)
+  assert costs.runs(Footprint(7), 5) == [(5, 7)]
+  assert costs.runs(Footprint(7, later=2, at=3), 5) == [(3, 7), (2, 2)]
+  assert costs.runs(Footprint(7, later=9, at=-2), 5) == [(3, 7), (2, 9)]
+  assert costs.runs(Footprint(7, later=2, at=8), 5) == [(5, 7)], "a model without those layers"
+  image = Footprint(7, later=2, at=1)
   text = 3
   assert costs.cache_bytes(image, TINY, text) == 2 * 2 * 2 * 2 * (10 * 1 + 5 * 2)
   assert costs.pairs(image, TINY, text) == costs.causal(10) + 2 * costs.causal(5)
 
 
 def test_cross_attention_and_layers_before():
-  plain, memory = Image(1), Memory(rows=5, width=6, every=2, mlp=4)
-  crossed = Image(1, memory=memory)
+  plain, memory = Footprint(1), Memory(rows=5, width=6, every=2, mlp=4)
+  crossed = Footprint(1, memory=memory)
   assert costs.crossings(crossed, 3) == 2
   more = costs.pairs(crossed, TINY, 4) - costs.pairs(plain, TINY, 4)
   assert more == 2 * (1 + 4) * 5
@@ -121,24 +121,24 @@ def test_cross_attention_and_layers_before():
   assert flops == 2 * (2 * 5 * (query_out + mlp) + 2 * 5 * key_value + 4 * 8 * 5 * 5)
   assert costs.cache_bytes(crossed, TINY, 4) - costs.cache_bytes(plain, TINY, 4) == (
     2 * 5 * 2 * 8 * 2)
-  before = Image(1, before=(2, 9))
+  before = Footprint(1, before=(2, 9))
   assert costs.pairs(before, TINY, 4, 6) - costs.pairs(plain, TINY, 4, 6) == 2 * costs.causal(13)
   assert costs.cache_bytes(before, TINY, 4) == costs.cache_bytes(plain, TINY, 4)
 
 
 def test_several_images():
   three = lambda image: dataclasses.replace(image, count=3)
-  for image in (Image(5), Image(5, later=2, at=1), Image(5, mask="prefix")):
+  for image in (Footprint(5), Footprint(5, later=2, at=1), Footprint(5, mask="prefix")):
     whole = dataclasses.replace(image, slots=15, later=image.later and 6)
     for cost in (costs.pairs, costs.layer_flops, costs.cache_bytes):
       assert cost(three(image), TINY, 4) == cost(whole, TINY, 4)
   memory = Memory(rows=5, width=6, every=2, mlp=4)
-  crossed = three(Image(1, memory=memory))
+  crossed = three(Footprint(1, memory=memory))
   assert costs.pairs(crossed, TINY, 4) == 3 * costs.causal(7) + 2 * 7 * 5, "reads one image"
-  assert costs.cache_bytes(crossed, TINY, 4) == costs.cache_bytes(Image(3), TINY, 4) + (
+  assert costs.cache_bytes(crossed, TINY, 4) == costs.cache_bytes(Footprint(3), TINY, 4) + (
     2 * 15 * 2 * 8 * 2), "keeps all"
-  assert costs.parameters(crossed, TINY) == costs.parameters(Image(1, memory=memory), TINY)
-  before = three(Image(1, before=(2, 9)))
+  assert costs.parameters(crossed, TINY) == costs.parameters(Footprint(1, memory=memory), TINY)
+  before = three(Footprint(1, before=(2, 9)))
   assert costs.pairs(before, TINY, 4) == 3 * costs.causal(7) + 3 * 2 * costs.causal(13)
   assert costs.parameters(before, TINY) == TINY.matrices + 2 * TINY.layer
 

@@ -109,6 +109,7 @@ def test_idefics3():
                    tokenizer=tokenizer, _merge_kwargs=lambda: {"images_kwargs": {}})
   theirs = processor._get_num_multimodal_tokens(SIZES)["num_image_tokens"]
   assert [slots("pixel shuffle (Idefics3)", *size) for size in SIZES] == theirs
+  assert len(set(theirs)) == 7, "one to four rows or columns of four tiles"
 
 
 def test_internvl():
@@ -118,6 +119,7 @@ def test_internvl():
                      "crop_to_patches": True, "patch_size": {"height": 448, "width": 448}}})
   theirs = processor._get_num_multimodal_tokens(SIZES)["num_image_tokens"]
   assert [slots("pixel shuffle (InternVL)", *size) for size in SIZES] == theirs
+  assert len(set(theirs)) > 8
 
 
 def test_ovis2():

@@ -20,10 +20,10 @@ DERIVED = {"kv_heads": lambda known: known["heads"],
 REFERENCE = "LLaVA-1.5"  # whose sequence is shown under every mask
 ASSUMED = (
   "The same language model for every system; images, each as if alone, then the prompt, then the "
-  "answer, which training predicts. FLOPs are those of the language model's matrices and of visible "
-  "pairs; the backward pass costs twice the forward pass, as if every parameter trained. Vision "
-  "tower and connector are not counted. Weights, keys and values take 2 bytes a number, and nothing "
-  "else takes memory: the batch is an upper bound.")
+  "answer, which training predicts. FLOPs are those of the language model's matrices and of "
+  "visible pairs; the backward pass costs twice the forward pass, as if every parameter trained. "
+  "Vision tower and connector are not counted. Weights, keys and values take 2 bytes a number, and "
+  "nothing else takes memory: the batch is an upper bound.")
 COLUMNS = (  # heading, width, the cell of a row
   ("slots", 7, lambda row: f"{row['slots']:,}"),
   ("memory", 8, lambda row: f"{row['memory_rows']:,}" if row["memory_rows"] else "-"),

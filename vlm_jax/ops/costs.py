@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from vlm_jax.ops.visual_tokens import Image
+from vlm_jax.ops.visual_tokens import Footprint
 
 BYTES = 2  # of a number in bfloat16
 BACKWARD = 3  # forward and backward, in forward passes
@@ -91,7 +91,7 @@ def cross(queries: int, keys: int) -> int:
 
 
 def visible(mask: str, n: int, length: int) -> int:
-  """The pairs of a mask of `Image`, whose prompt (image included) has this length."""
+  """The pairs of a mask of `Footprint`, whose prompt (image included) has this length."""
   return {"causal": causal(n), "full": full(n), "prefix": prefix(n, min(n, length))}[mask]
 
 
@@ -103,7 +103,7 @@ def kv_bytes(tokens: int, layers: int, kv_heads: int, head_dim: int, size: int =
 # Images and text before a language model.
 
 
-def runs(image: Image, depth: int) -> list[tuple[int, int]]:
+def runs(image: Footprint, depth: int) -> list[tuple[int, int]]:
   """[(layers, slots of all images in them), ...], in order."""
   if image.later is None:
     return [(depth, image.slots * image.count)]
@@ -112,12 +112,12 @@ def runs(image: Image, depth: int) -> list[tuple[int, int]]:
   return [(layers, each * image.count) for layers, each in slots if layers]
 
 
-def crossings(image: Image, depth: int) -> int:
+def crossings(image: Footprint, depth: int) -> int:
   """Layers with cross-attention."""
   return math.ceil(depth / image.memory.every) if image.memory else 0
 
 
-def _crossing(image: Image, llm: LLM) -> tuple[int, int]:
+def _crossing(image: Footprint, llm: LLM) -> tuple[int, int]:
   """Numbers in the matrices of one cross-attention: used by every token, by every memory row."""
   if image.memory is None:
     return 0, 0
@@ -126,13 +126,13 @@ def _crossing(image: Image, llm: LLM) -> tuple[int, int]:
   return token, 2 * image.memory.width * inner
 
 
-def parameters(image: Image, llm: LLM) -> int:
+def parameters(image: Footprint, llm: LLM) -> int:
   """Numbers in the matrices of the language model and of the layers a system adds to it."""
   return (llm.matrices + image.before[0] * llm.layer
           + crossings(image, llm.depth) * sum(_crossing(image, llm)))
 
 
-def pairs(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
+def pairs(image: Footprint, llm: LLM, prompt: int, answer: int = 0) -> int:
   """Visible pairs of a sequence, over all layers, for one head."""
   text = prompt + answer
   total = sum(layers * visible(image.mask, slots + text, slots + prompt)
@@ -145,7 +145,7 @@ def pairs(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
   return total
 
 
-def layer_flops(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
+def layer_flops(image: Footprint, llm: LLM, prompt: int, answer: int = 0) -> int:
   """FLOPs of the forward pass through all layers, without the head."""
   text = prompt + answer
   numbers = sum(layers * llm.layer * (slots + text) for layers, slots in runs(image, llm.depth))
@@ -158,7 +158,7 @@ def layer_flops(image: Image, llm: LLM, prompt: int, answer: int = 0) -> int:
   return 2 * numbers + 4 * llm.heads * llm.head_dim * pairs(image, llm, prompt, answer)
 
 
-def cache_bytes(image: Image, llm: LLM, text: int) -> int:
+def cache_bytes(image: Footprint, llm: LLM, text: int) -> int:
   """Bytes of all keys and values when images and text have been read."""
   total = sum(kv_bytes(slots + text, layers, llm.kv_heads, llm.head_dim)
               for layers, slots in runs(image, llm.depth))
@@ -176,7 +176,7 @@ def largest_batch(memory: int, weights: int, sequence: int) -> int:
   return max(memory - weights, 0) // sequence
 
 
-def estimate(image: Image, llm: LLM, prompt: int, answer: int, memory: int) -> dict[str, int]:
+def estimate(image: Footprint, llm: LLM, prompt: int, answer: int, memory: int) -> dict[str, int]:
   """The costs of images, a prompt and an answer.
 
   Args:

@@ -29,7 +29,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Image:
+class Footprint:
   """What one image, or several alike, are to the language model.
 
   Attributes:
@@ -57,17 +57,17 @@ class System:
 
   source: str
   rule: str
-  image: Callable[[int, int], Image]
+  image: Callable[[int, int], Footprint]
 
 
 def fixed(source: str, rule: str, slots: int, **fields) -> System:
   """A system whose images are resized to one size, so that their number never changes."""
-  return System(source, rule, lambda height, width: Image(slots, **fields))
+  return System(source, rule, lambda height, width: Footprint(slots, **fields))
 
 
 def sized(source: str, rule: str, slots: Callable[[int, int], int]) -> System:
   """A system whose slots depend on (height, width)."""
-  return System(source, rule, lambda height, width: Image(slots(height, width)))
+  return System(source, rule, lambda height, width: Footprint(slots(height, width)))
 
 
 def patches(size: int, patch: int) -> int:
