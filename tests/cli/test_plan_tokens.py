@@ -61,6 +61,13 @@ def test_several_images(capsys):
   assert (plan["Flamingo"]["slots"], plan["Flamingo"]["memory_rows"]) == (10, 640)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 100_000), (100_000, 1), (100_000, 100_000)])
+def test_odd_images_have_costs_too(size):
+  plan = plan_tokens.compare(size, 1, LLMS["vicuna-7b"], 0, 0, 80 * 10**9)
+  for row in plan["systems"].values():
+    assert row["kv_bytes"] > 0 and row["prefill_flops"] > 0 and row["batch"] > 0
+
+
 def test_it_is_drawn(tmp_path, capsys):
   out = tmp_path / "drawn" / "tokens.html"
   assert cli.main([*ASKED, f"--out={out}"]) == errors.OK

@@ -123,7 +123,7 @@ def fuyu(height: int, width: int, *, patch: int = 30, most: tuple[int, int] = (1
   """
   if height > most[0] or width > most[1]:
     scale = min(most[0] / height, most[1] / width)
-    height, width = int(height * scale), int(width * scale)
+    height, width = max(int(height * scale), 1), max(int(width * scale), 1)
   rows, columns = -(-height // patch), -(-width // patch)
   return rows * (columns + 1)
 
