@@ -1,7 +1,8 @@
 """Says what a recipe will cost before anything runs: parameters, shapes, tokens, FLOPs, kernels.
 
 Nothing is computed and no parameter is made; only shapes are traced. With prepared data, one step
-of it is packed and measured.
+of it is packed and measured. --tokens needs no recipe: it compares what an image costs a language
+model in every published system.
 """
 
 import argparse
@@ -14,20 +15,28 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.cli import config as recipes
+from vlm_jax.cli import plan_tokens
+from vlm_jax.core.errors import UsageError
 
-SUMMARY = "parameters, shapes, tokens, FLOPs and kernels of a recipe"
+SUMMARY = "parameters, shapes, tokens, FLOPs and kernels of a recipe, or of all systems"
 MOMENTS = 2  # AdamW keeps two numbers a parameter that trains
 DEPTH = 2  # path segments by which parameters are grouped
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
-  recipes.argument(parser)
+  recipes.argument(parser, required=False)
   parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+  plan_tokens.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints the plan."""
+  if args.tokens:
+    return plan_tokens.run(args)
+  plan_tokens.refuse(args)
+  if args.config is None:
+    raise UsageError("plan needs a recipe, --config=FILE.py[:ARG], or --tokens to compare systems")
   plan = make(recipes.read(args))
   print(json.dumps(plan) if args.json else render(plan))
 

@@ -1,4 +1,4 @@
-"""Line charts, stacked bars and intervals as SVG. Values appear under the pointer by CSS alone."""
+"""Lines, bars, stacked bars and intervals as SVG. Values appear under the pointer by CSS alone."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from vlm_jax.report.html import Html, figure, tag
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
 POINTS = 150  # of a line; longer ones are averaged down to so many
+BAR = 17  # height of a bar and its gap
 COLOURS = 6  # .c0 to .c5 of the style sheet
 LOG_RATIO = 12  # an axis is logarithmic when its positive values span more than this
 
@@ -136,6 +137,28 @@ def _tips(kept, steps, x, y, show) -> list[Html]:
                class_="band")
     tips.append(tag("g", band, tag("g", rule, dots, box, words, class_="tip"), class_="point"))
   return tips
+
+
+def bars(title: str, values: Mapping[str, float], *, note: str = "",
+         show: Callable[[float], str] = figure) -> Html:
+  """A horizontal bar a name, from 0, with its value behind it.
+
+  Args:
+    title: stands above it.
+    values: name to a value that is not negative.
+    note: a few words behind the title.
+    show: a value as text.
+  """
+  most, left, right = max(values.values(), default=0) or 1, 170, 64
+  parts = []
+  for number, (name, value) in enumerate(values.items()):
+    top, wide = number * BAR, value / most * (WIDTH - left - right)
+    parts += [tag("text", name, x=left - 8, y=top + 13, class_="end"),
+              tag("rect", x=left, y=top + 3, width=f"{wide:.1f}", height=BAR - 5, class_="dot c0"),
+              tag("text", show(value), x=f"{left + wide + 6:.1f}", y=top + 13)]
+  caption = tag("figcaption", tag("b", title), f" {note}" if note else "")
+  return tag("figure", caption, tag("svg", parts, viewBox=f"0 0 {WIDTH} {BAR * len(values)}",
+                                    role="img", aria_label=title))
 
 
 def stack(parts: Mapping[str, float], classes: Mapping[str, str]) -> Html:

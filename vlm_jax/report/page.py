@@ -17,13 +17,11 @@ from vlm_jax.evals.kinds import find_kind
 from vlm_jax.report import charts, rows, samples
 from vlm_jax.report.html import Html, figure, table, tag
 from vlm_jax.report.run import Run, column, read
-from vlm_jax.report.style import CSS
+from vlm_jax.report.style import document
 from vlm_jax.train.metrics import duration
 
 MAPS = 2  # samples of an evaluation whose attention is drawn
 UNITS = ("questions", "tokens", "pictures", "documents")  # what evaluations count
-# Nothing may be loaded, whatever the page holds: styles are its own, pictures are data.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(workdir: str | Path, out: str | Path | None = None, *, root: str | None = None,
@@ -65,15 +63,7 @@ def render(run: Run, maps: int = MAPS) -> str:
   body = [tag("header", header(run), tag("nav", links)), tiles(run)]
   for name, section in parts:
     body.append(tag("section", tag("h2", name), sentence(run, section), id=anchor(name)))
-  head = [
-    tag("meta", charset="utf-8"),
-    tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-    tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-    tag("link", rel="icon", href="data:,"),
-    tag("title", f"{run.path.absolute().name} - vlm_jax report"), tag("style", Html(CSS)),
-  ]
-  page = tag("html", tag("head", head), tag("body", body), lang="en")
-  return f"<!doctype html>\n{page}\n"
+  return document(f"{run.path.absolute().name} - vlm_jax report", body)
 
 
 def anchor(name: str) -> str:

@@ -1,7 +1,12 @@
-"""The style sheet of a report: light and dark, from a phone to a wide screen."""
+"""The style sheet of a report, light and dark, from a phone to a wide screen, and its page."""
+
+from typing import Any
 
 from vlm_jax.data.inspect import COLOURS
+from vlm_jax.report.html import Html, tag
 
+# Nothing may be loaded, whatever the page holds: styles are its own, pictures are data.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 KINDS = "".join(f".k-{kind}{{--k:rgb{colour}}}" for kind, colour in COLOURS.items())
 
 CSS = """
@@ -72,3 +77,15 @@ border:1px solid var(--line);border-radius:8px;padding:8px 12px;max-height:11.5e
 .yes{color:var(--c2)}.no{color:var(--c1)}.card .muted{font-size:.85rem}
 details{margin:10px 0}summary{cursor:pointer;color:var(--c0)}
 """ + KINDS
+
+
+def document(title: str, body: Any) -> str:
+  """A whole page: its elements of the body, with nothing in it that could load or run."""
+  head = [
+    tag("meta", charset="utf-8"),
+    tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+    tag("link", rel="icon", href="data:,"),
+    tag("title", title), tag("style", Html(CSS)),
+  ]
+  return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
