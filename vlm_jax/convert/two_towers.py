@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import nodes, processor, safetensors_io, table
-from vlm_jax.convert.llava import BUFFERS, read_processor, shapes
+from vlm_jax.convert.llava import read_processor, shapes
 from vlm_jax.core import fusion
 from vlm_jax.core.errors import DiskError, UsageError, nearest
 from vlm_jax.core.typing import Params
@@ -61,7 +61,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
 
 def load(source: table.Source, config: ConfigDict) -> Params:
   """The parameters of `config`'s model from their tensors by key, see `table.load`."""
-  return table.load(source, entries(config), unread=lambda key: key.endswith(BUFFERS))
+  return table.load(source, entries(config), unread=lambda key: key.endswith(nodes.BUFFERS))
 
 
 def write(directory: str | os.PathLike, config: ConfigDict, params: Params,

@@ -23,7 +23,7 @@ from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.llm.llama import Embed
+from vlm_jax.llm._decoder import Embed
 from vlm_jax.nn import stack
 from vlm_jax.nn.attention import make_context
 from vlm_jax.nn.linear import parameter
