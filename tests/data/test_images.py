@@ -1,5 +1,6 @@
 """Decoding: every mode to RGB, every kind of damage to a reason; augmentations stay in bounds."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_the_config_has_every_field_with_its_default():
   (dict(background=(0, 0, 256)), "red, green and blue from 0 to 255"),
   (dict(background=(0.5, 0.5, 0.5)), "red, green and blue from 0 to 255"),
   (dict(draft=-1), "config.data.decode.draft is -1"),
+  (dict(border=(0, 0)), r"config.data.decode.border is \(0, 0\)"),
+  (dict(shorter=-1), "config.data.decode.shorter is -1"),
   (dict(fit="centre_crop"), "did you mean 'center_crop'"),
   (dict(kernel="bicubik"), "did you mean 'bicubic'"),
 ])
@@ -173,7 +176,7 @@ def test_center_crop(height, width):
 
 
 def test_letterbox():
-  how = Decoding(fit="letterbox", background=(1, 2, 3))
+  how = Decoding(fit="letterbox", border=(1, 2, 3))
   pixels = noise(40, 80)
   wide = images.square(pixels, 32, how)
   assert (wide[:8] == (1, 2, 3)).all() and (wide[24:] == (1, 2, 3)).all()
@@ -183,6 +186,29 @@ def test_letterbox():
   assert images.square(noise(1, 150), 32, how).shape == (32, 32, 3)
   square = noise(64, 64)
   assert (images.square(square, 32, how) == images.square(square, 32, Decoding())).all()
+
+
+@pytest.mark.parametrize("height, width", [(40, 81), (81, 40), (33, 33), (1, 150)])
+def test_pad(height, width, monkeypatch):
+  pixels, side = noise(height, width), max(height, width)
+  whole = Image.new("RGB", (side, side), (1, 2, 3))
+  whole.paste(Image.fromarray(pixels), ((side - width) // 2, (side - height) // 2))
+  expected = np.array(whole.resize((32, 32), Image.BICUBIC))
+  how = Decoding(fit="pad", border=(1, 2, 3))
+  assert (images.square(pixels, 32, how) == expected).all()
+  monkeypatch.setattr(images, "STRIP_PIXELS", 200)  # strips of a few rows
+  assert (images.square(pixels, 32, how) == expected).all()
+  letterboxed = images.square(pixels, 32, dataclasses.replace(how, fit="letterbox"))
+  assert (letterboxed != expected).any() or height == width
+
+
+def test_a_margin_before_the_cut():
+  pixels = noise(60, 90)
+  made = images.square(pixels, 32, Decoding(fit="center_crop", shorter=40))
+  whole = np.array(Image.fromarray(pixels).resize((60, 40), Image.BICUBIC))
+  assert (made == whole[4:36, 14:46]).all()
+  with pytest.raises(UsageError, match="decode.shorter is 20, from which no square"):
+    images.square(pixels, 32, Decoding(fit="center_crop", shorter=20))
 
 
 @pytest.mark.parametrize("fit", images.FITS)
@@ -195,11 +221,12 @@ def test_draft_never_goes_below_the_target(fit, monkeypatch):
     sizes.append(image.size), rgb(image, how))[1])
   made = {draft: images.square(data, 64, Decoding(draft=draft, fit=fit)).astype(int)
           for draft in (0, 1, 2, 7, 100)}
-  smallest = {"letterbox": max}.get(fit, min)
+  smallest = {"letterbox": max, "pad": max}.get(fit, min)
   for (draft, reduced), size in zip(made.items(), sizes, strict=True):
     whole = draft in (0, 7, 100)
     assert whole == (size == (640, 480)) and smallest(size) >= draft * 64 or draft == 100
-    assert (reduced == made[0]).all() if whole else 0 < np.abs(reduced - made[0]).max() < 6
+    most = 40 if fit == "pad" else 6  # the seam mixes border and other pixels
+    assert (reduced == made[0]).all() if whole else 0 < np.abs(reduced - made[0]).max() < most
     assert whole or smallest(size) < 2 * draft * 64 + 2, "could be smaller still"
   assert (images.decode(data, Decoding(draft=1)).shape) == (480, 640, 3)
 

@@ -59,13 +59,18 @@ def get_config(arg: str = "") -> ConfigDict:
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # hidden state the connector reads: -1 last, -2 the one before (LLaVA)
       patch_bias=True,
+      position_size=0,  # image_size that the positions were learned at, 0: the same
+      position_resize="bicubic",  # how they become image_size's, see vlm_jax/ops/resize.py
+      registers=0,  # dinov2: learned tokens beside the class token, dropped with it
+      feed_forward="plain",  # dinov2: "plain" (an MLP) or "gated" (SwiGLU)
       pool="none",  # none (features of every patch, for VLMs), gap, tok, map
       mean=(0.5, 0.5, 0.5),  # pixels become (value / 255 - mean) / std per channel
       std=(0.5, 0.5, 0.5),
       activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, relu, silu
       norm_eps=1e-6,
       depths=(3, 4, 23),  # resnet: blocks of every stage; its width is that of the first
-      norm="group",  # resnet: "group" from scratch, "frozen" for imported batch-norm statistics
+      norm="group",  # convolutions: "group" from scratch, "frozen" for imported statistics
+      padding="torch",  # efficientnet_lite0: "tensorflow" for weights that were trained there
       remat="none",  # none, dots, full: what the backward pass recomputes
       unroll=1,  # layers written out in one iteration of the scan over layers
     )
@@ -109,9 +114,11 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
       max_aspect=200,  # so are images with a side this many times longer than the other
-      background=(255, 255, 255),  # under transparency and around letterboxed images, 0 to 255
+      background=(255, 255, 255),  # under transparency, 0 to 255
+      border=(255, 255, 255),  # around letterboxed and padded images
       draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
-      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox
+      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
+      shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
       kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
     )
   )

@@ -56,6 +56,8 @@ OPS = {
   "copy": Op(lambda s: s, lambda a: a, lambda a, s: a),
   # A bias or token with split axes, [H,C] for [H*C].
   "flat": Op(lambda s: (math.prod(s),), lambda a: a.reshape(-1), lambda a, s: a.reshape(s)),
+  # An array that theirs has under a leading axis of one, [1,...].
+  "lead": Op(lambda s: (1, *s), lambda a: a[None], lambda a, s: a[0]),
   # torch Linear [out, in]; the output axes may be split: ours [D,H,C].
   "in": Op(
     lambda s: (math.prod(s[1:]), s[0]),

@@ -9,12 +9,14 @@ A file is opened, its size checked, decoded to RGB and fitted to the square that
       the same filters in floating point, rounded once at the end: what
       `torch.nn.functional.interpolate(antialias=True)` makes of float pixels. The sums agree to
       0.01 grey levels, so after rounding a pixel is equal or, rarely, one level off. Torch's path
-      for uint8 tensors is a third arithmetic, up to 3 levels from both; nothing here claims it.
+      for uint8 tensors is a third arithmetic, mostly up to 2 levels from both and, resizing to
+      nearly the same size, up to 8 in a few pixels; nothing here claims it.
 """
 
 import contextlib
 import dataclasses
 import io
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -31,6 +33,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Formats that are pictures and decoded inside Pillow: never one that starts another program (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+COLOURS = ("background", "border")
 MOST_PIXELS = 2 * 89_478_485  # Pillow refuses more by itself
 PILLOW = {
   "nearest": Image.Resampling.NEAREST,
@@ -40,6 +43,7 @@ PILLOW = {
   "bicubic": Image.Resampling.BICUBIC,
   "lanczos": Image.Resampling.LANCZOS,
 }
+STRIP_PIXELS = 1 << 24  # of a padded image, held at a time
 TORCH = {"torch_bilinear": PILLOW["bilinear"], "torch_bicubic": PILLOW["bicubic"]}
 KERNELS: Mapping[str, Image.Resampling] = PILLOW | TORCH
 
@@ -51,21 +55,25 @@ class Decoding:
   Attributes:
     max_pixels: larger images are bad records; read from the header, before any pixel is decoded.
     max_aspect: images whose longer side is more than so many times the shorter are bad records.
-    background: the colour (red, green, blue) under transparency and around a letterboxed image.
+    background: the colour (red, green, blue) under transparency.
+    border: the colour around a letterboxed or padded image.
     draft: 0 decodes every pixel. n > 0 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, but
       never to less than n times the target: faster, and not the same pixels. How far they are off
       depends on what is left to the kernel: of noise with the spectrum of photographs, 640 x 480,
       n = 1 is 0.9 grey levels off in the mean and 6 at most at 64 pixels, 4 and 27 at 224 (where
       benchmarks/loader.py measures it); n = 2 is 0.4 and 3 off at 64 and decodes all for 224.
     fit: how an image becomes a square, one of `FITS`.
+    shorter: center_crop: what the shorter side becomes before the cut, 0: the side of the square.
     kernel: how it is resized, one of `KERNELS`.
   """
 
   max_pixels: int = 64 * 1024 * 1024
   max_aspect: int = 200
   background: tuple[int, int, int] = (255, 255, 255)
+  border: tuple[int, int, int] = (255, 255, 255)
   draft: int = 0
   fit: str = "stretch"
+  shorter: int = 0
   kernel: str = "bicubic"
 
   def __post_init__(self):
@@ -77,8 +85,12 @@ class Decoding:
       raise wrong("max_pixels", f"use 1 to {MOST_PIXELS:,}, above which Pillow decodes nothing")
     if not whole(self.max_aspect, 1, MOST_PIXELS):
       raise wrong("max_aspect", "use a whole number, at least 1")
-    if len(self.background) != 3 or not all(whole(value, 0, 255) for value in self.background):
-      raise wrong("background", "use red, green and blue from 0 to 255, as in (255, 255, 255)")
+    for field in COLOURS:
+      colour = getattr(self, field)
+      if len(colour) != 3 or not all(whole(value, 0, 255) for value in colour):
+        raise wrong(field, "use red, green and blue from 0 to 255, as in (255, 255, 255)")
+    if not whole(self.shorter, 0, MOST_PIXELS):
+      raise wrong("shorter", "use 0 (the side of the square) or a number of pixels")
     if not whole(self.draft, 0, MOST_PIXELS):
       raise wrong("draft", "use 0 (decode everything) or how often the target must fit, at least 1")
     if self.fit not in FITS:
@@ -90,7 +102,7 @@ class Decoding:
 def decoding(config: ConfigDict) -> Decoding:
   """`config.data.decode`, checked; a UsageError names the field that cannot be."""
   fields = dict(config.data.decode)
-  return Decoding(**fields | {"background": tuple(fields["background"])})
+  return Decoding(**fields | {name: tuple(fields[name]) for name in COLOURS})
 
 
 def read(path: str) -> bytes:
@@ -164,9 +176,9 @@ def _check(size: tuple[int, int], how: Decoding) -> None:
 
 def _reduce(image: Image.Image, how: Decoding, size: int) -> None:
   """Lets a JPEG be decoded smaller; of other formats nothing changes."""
-  least = how.draft * size
+  least = how.draft * max(size, how.shorter)
   width, height = image.size
-  if how.fit != "letterbox":  # the shorter side fills the square
+  if how.fit in ("stretch", "center_crop"):  # the shorter side fills the square
     image.draft("RGB", (least, least))
   else:
     image.draft("RGB", (least, 1) if width >= height else (1, least))
@@ -207,29 +219,79 @@ def stretch(image: Image.Image, size: int, how: Decoding) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, how: Decoding) -> Image.Image:
-  """Resizes the shorter side and cuts the middle out of the longer, as CLIP's processors do.
+  """Resizes the shorter side and cuts the middle out, as the processors of CLIP and DINOv2 do.
 
   The longer side is rounded down, and so is the margin before the cut.
   """
-  shorter = min(image.size)
-  width, height = (size if side == shorter else size * side // shorter for side in image.size)
+  least, shorter = how.shorter or size, min(image.size)
+  if least < size:
+    raise UsageError(f"config.data.decode.shorter is {how.shorter}, from which no square of "
+                     f"config.tower.image_size {size} can be cut; use 0 or at least {size}")
+  width, height = (least if side == shorter else least * side // shorter for side in image.size)
   left, top = (width - size) // 2, (height - size) // 2
   return resize(image, (width, height), how.kernel).crop((left, top, left + size, top + size))
 
 
 def letterbox(image: Image.Image, size: int, how: Decoding) -> Image.Image:
-  """Resizes the longer side and fills up the shorter with the background, the image centred."""
+  """Resizes the longer side and fills up the shorter with the border, the image centred."""
   longer = max(image.size)
   width, height = (max(1, round(size * side / longer)) for side in image.size)
-  canvas = Image.new("RGB", (size, size), how.background)
+  canvas = Image.new("RGB", (size, size), how.border)
   canvas.paste(resize(image, (width, height), how.kernel),
                ((size - width) // 2, (size - height) // 2))
   return canvas
 
 
+def pad(image: Image.Image, size: int, how: Decoding) -> Image.Image:
+  """Fills up the shorter side with the border, then resizes the square (LLaVA-1.5).
+
+  What a letterbox is but for the seam, where border and image mix. Resizing goes by rows first and
+  then by columns, so the square, which may be large, is made and narrowed a strip of rows at a
+  time: the same pixels as of the whole.
+  """
+  side, (width, height) = max(image.size), image.size
+  left, top = (side - width) // 2, (side - height) // 2
+  canvas = Image.new("RGB", (size, side), how.border)
+  rows = max(1, STRIP_PIXELS // side)
+  for start in range(0, height, rows):
+    part = image.crop((0, start, width, min(start + rows, height)))
+    strip = Image.new("RGB", (side, part.height), how.border)
+    strip.paste(part, (left, 0))
+    canvas.paste(resize(strip, (size, part.height), how.kernel), (0, top + start))
+  return resize(canvas, (size, size), how.kernel)
+
+
 FITS: Mapping[str, Callable[[Image.Image, int, Decoding], Image.Image]] = {
-  function.__name__: function for function in (stretch, center_crop, letterbox)
+  function.__name__: function for function in (stretch, center_crop, letterbox, pad)
 }
+
+
+def tiles(
+  data: bytes | np.ndarray, size: int, grid: tuple[int, int], how: Decoding
+) -> np.ndarray:
+  """An image as squares, u8[1 + rows * columns, size, size, 3]: stretched, then cut (LLaVA-NeXT).
+
+  The whole image stretched to one square comes first. Then it is resized in proportion to fit
+  `grid` (rows, columns) of squares, the shorter side rounded up, centred on the border and cut in
+  reading order (llava-vl.github.io/blog/2024-01-30-llava-next).
+
+  Raises:
+    BadExample: as in `decode`.
+  """
+  image = Image.fromarray(data) if isinstance(data, np.ndarray) else _open(data, how, 0)
+  rows, columns = grid
+  width, height = image.size
+  across, down = columns * size, rows * size
+  if across * height < down * width:
+    fitted = across, min(math.ceil(height * (across / width)), down)
+  else:
+    fitted = min(math.ceil(width * (down / height)), across), down
+  canvas = Image.new("RGB", (across, down), how.border)
+  canvas.paste(resize(image, fitted, how.kernel),
+               ((across - fitted[0]) // 2, (down - fitted[1]) // 2))
+  cells = np.asarray(canvas).reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+  whole = np.asarray(stretch(image, size, how))
+  return np.concatenate([whole[None], cells.reshape(rows * columns, size, size, 3)])
 
 
 # Augmentations: (u8[H,W,3], generator) -> u8[H,W,3] of the same size; each draws a fixed number of

@@ -1,44 +1,59 @@
-"""Convolutions and pooling over images f[B,Height,Width,C], padded as torch does (both sides)."""
+"""Convolutions and pooling over images f[B,Height,Width,C], padded as torch does or TensorFlow."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import parameter
 
+# Zeros around the input. They differ where a stride meets an even side: TensorFlow's "SAME" (which
+# is XLA's) then has one pixel more at the right and lower edge than at the left and upper.
+PADDINGS = ("torch", "tensorflow")
+
 
 class Conv(nn.Module):
-  """A convolution without bias, `size` x `size`, (size - 1) / 2 pixels of zeros on every side.
-
-  XLA's own "SAME" pads even inputs of a strided convolution on one side only: another function.
+  """A convolution without bias, `size` x `size`, with as many outputs as strides fit the input.
 
   Attributes:
     width: output channels.
     size: odd kernel size.
     stride: in both directions.
     precision: dtypes.
+    groups: of channels that do not see each other; as many as channels: depthwise.
+    padding: a name of `PADDINGS`; "torch" has (size - 1) / 2 zeros on every side.
   """
 
   width: int
   size: int
   stride: int
   precision: Precision
+  groups: int = 1
+  padding: str = "torch"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """f[B,Height,Width,C] to f[B,ceil(Height/stride),ceil(Width/stride),width]."""
-    kernel = parameter(
-      self, "kernel", initializers.he_normal(), (self.size, self.size, x.shape[-1], self.width),
-      (None, None, "embed", None), self.precision.param,
-    )
+    """f[B,Height,Width,C] to f[B,ceil(Height/stride),ceil(Width/stride),width].
+
+    Raises:
+      UsageError: no such padding.
+    """
+    if self.padding not in PADDINGS:
+      raise UsageError(f"config.tower.padding is '{self.padding}'; "
+                       f"{nearest(self.padding, PADDINGS)}")
+    shape = (self.size, self.size, x.shape[-1] // self.groups, self.width)
+    kernel = parameter(self, "kernel", initializers.he_normal(), shape,
+                       (None, None, "embed" if self.groups == 1 else None, None),
+                       self.precision.param)
     pad = (self.size // 2, self.size // 2)
     dtype = self.precision.compute
     return jax.lax.conv_general_dilated(
-      x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), (pad, pad),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride),
+      "SAME" if self.padding == "tensorflow" else (pad, pad),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
     )
 
 

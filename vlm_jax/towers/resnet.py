@@ -24,7 +24,8 @@ NORMS = {"group": GroupNorm, "frozen": FrozenNorm}
 EXPANSION = 4  # a bottleneck's output is that many times wider than its middle
 
 
-def _norm_keys(ours: str, theirs: str) -> tuple:
+def norm_keys(ours: str, theirs: str) -> tuple:
+  """Rows of KEYS of a norm, whether its statistics are frozen or it has none."""
   pairs = (("scale", "weight"), ("bias", "bias"), ("frozen_scale", "weight"),
            ("frozen_bias", "bias"), ("frozen_mean", "running_mean"),
            ("frozen_variance", "running_var"))
@@ -35,14 +36,14 @@ def _block_keys(ours: str, theirs: str) -> tuple:
   keys = []
   for number in (1, 2, 3):
     keys.append((f"{ours}/conv{number}/kernel", f"{theirs}.conv{number}.weight", "conv"))
-    keys += _norm_keys(f"{ours}/norm{number}", f"{theirs}.bn{number}")
+    keys += norm_keys(f"{ours}/norm{number}", f"{theirs}.bn{number}")
   return tuple(keys)
 
 
 def _stage_keys(number: int) -> tuple:
   ours, theirs = f"stage{number}", f"layer{number}"
   shortcut = ((f"{ours}/first/shortcut/kernel", f"{theirs}.0.downsample.0.weight", "conv"),
-              *_norm_keys(f"{ours}/first/shortcut_norm", f"{theirs}.0.downsample.1"))
+              *norm_keys(f"{ours}/first/shortcut_norm", f"{theirs}.0.downsample.1"))
   return (_block_keys(f"{ours}/first", f"{theirs}.0") + shortcut
           + _block_keys(f"{ours}/rest", f"{theirs}.{{next}}"))
 
@@ -50,7 +51,7 @@ def _stage_keys(number: int) -> tuple:
 # Ours, theirs (timm and torchvision), operation: see vlm_jax/convert/table.py.
 KEYS = (
   ("stem/kernel", "conv1.weight", "conv"),
-  *_norm_keys("stem_norm", "bn1"),
+  *norm_keys("stem_norm", "bn1"),
   *_stage_keys(1),
   *_stage_keys(2),
   *_stage_keys(3),

@@ -3,7 +3,7 @@
 Patches are cut by a reshape and embedded by a matrix product, which is the convolution with kernel
 and stride p: kernel[(row * p + column) * 3 + channel, d] = conv.weight[d, channel, row, column] in
 torch's order. Pixels that do not fill a patch at the right and lower edge are left out, as by a
-convolution without padding.
+convolution without padding. Positions learned at another size (`position_size`) are resized.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
 from vlm_jax.nn.norms import LayerNorm
 from vlm_jax.ops.attention import attention
+from vlm_jax.ops.resize import resize_grid
 
 # Width, depth, mlp, heads. Ti to H: arXiv:2010.11929 and 2106.10270; g, G: 2106.04560;
 # So400m: 2305.13035.
@@ -68,6 +69,17 @@ KEYS = (
   ("layers/mlp/down/bias", "encoder.layers.{layer}.mlp.fc2.bias", "copy"),
   ("post_norm/scale", "post_layernorm.weight", "copy"),
   ("post_norm/bias", "post_layernorm.bias", "copy"),
+  ("pool/probe", "head.probe", "lead"),
+  ("pool/project/kernel", "head.attention.in_proj_weight", "in"),
+  ("pool/project/bias", "head.attention.in_proj_bias", "flat"),
+  ("pool/out/kernel", "head.attention.out_proj.weight", "out"),
+  ("pool/out/bias", "head.attention.out_proj.bias", "copy"),
+  ("pool/norm/scale", "head.layernorm.weight", "copy"),
+  ("pool/norm/bias", "head.layernorm.bias", "copy"),
+  ("pool/mlp/up/kernel", "head.mlp.fc1.weight", "in"),
+  ("pool/mlp/up/bias", "head.mlp.fc1.bias", "copy"),
+  ("pool/mlp/down/kernel", "head.mlp.fc2.weight", "in"),
+  ("pool/mlp/down/bias", "head.mlp.fc2.bias", "copy"),
 )
 
 
@@ -104,6 +116,8 @@ FIELDS = (
 def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of `config.tower` that their node says: all patches, behind the last norm.
 
+  For what the whole published models pool, `pool` is then "tok" (CLIP) or "map" (SigLIP).
+
   Raises:
     UsageError: an activation that the model does not have.
   """
@@ -115,6 +129,7 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
     "class_token": family.class_token, "pre_norm": family.pre_norm,
     "patch_bias": family.patch_bias, "mean": family.mean, "std": family.std,
     "post_norm": True, "pool": "none", "feature_layer": -1,
+    "position_size": 0, "position_resize": "bicubic",
   }
 
 
@@ -130,11 +145,12 @@ def write_hf(config: ConfigDict) -> dict[str, Any]:
       return {
         "model_type": kind,
         **hf.write(config, FIELDS),
+        "image_size": config.position_size or config.image_size,
         "patch_size": config.patch,
         "num_channels": 3,
         "layer_norm_eps": config.norm_eps,
         "hidden_act": hf.ACTIVATIONS[config.activation][0],
-        **({"vision_use_head": False} if kind == "siglip_vision_model" else {}),
+        **({"vision_use_head": config.pool == "map"} if kind == "siglip_vision_model" else {}),
       }
   raise UsageError(f"config.tower: class_token, pre_norm, patch_bias are {parts}, neither CLIP's "
                    "(True, True, False) nor SigLIP's (False, False, True)")
@@ -187,6 +203,19 @@ def see_all(queries: int, keys: int, rows: int) -> IntervalMask:
   return IntervalMask(lo=zeros, hi=zeros + keys)
 
 
+def positions(module: nn.Module, config: ConfigDict, tokens: int, precision: Precision) -> Array:
+  """Learned positions f[tokens + P, D], of the tokens first; those of another grid are resized.
+
+  `config.position_size` is the image size they were learned at (0: the same), and
+  `config.position_resize` how the patches' are resized, see `ops.resize`.
+  """
+  side = (config.position_size or config.image_size) // config.patch
+  table = parameter(module, "positions", initializers.normal(config.width**-0.5),
+                    (tokens + side * side, config.width), ("position", "embed"), precision.param)
+  resized = resize_grid(table[tokens:], (side, side), grid(config), config.position_resize)
+  return jnp.concatenate([table[:tokens], resized]) if tokens else resized
+
+
 class Block(nn.Module):
   """x + attention(norm x), then x + mlp(norm x), with biases."""
 
@@ -225,15 +254,16 @@ class MapPool(nn.Module):
     """f[B,P,D] to f[B,D]."""
     config, rows = self.config, x.shape[0]
     head = config.width // config.heads
-    project = lambda name: Linear(
-      (config.heads, head), ("embed", "heads", "head"), True, self.precision, name=name
-    )
+    # Queries, keys and values in one kernel, as torch's MultiheadAttention stores them.
+    project = Linear((3, config.heads, head), ("embed", None, "heads", "head"), True,
+                     self.precision, name="project")
     probe = parameter(
       self, "probe", initializers.xavier_uniform(), (1, config.width), (None, "norm"),
       self.precision.param,
     )
     probe = jnp.broadcast_to(probe, (rows, 1, config.width))
-    y = attention(project("query")(probe), project("key")(x), project("value")(x),
+    keys_and_values = project(x)
+    y = attention(project(probe)[:, :, 0], keys_and_values[:, :, 1], keys_and_values[:, :, 2],
                   see_all(1, x.shape[1], rows))
     axes = ("heads", "head", "embed")
     y = Linear((config.width,), axes, True, self.precision, name="out")(y)[:, 0]
@@ -259,65 +289,81 @@ class Model(nn.Module):
     Raises:
       UsageError: a feature_layer, pool or combination that does not exist.
     """
-    config = self.config
-    used = _used(config)
+    config, precision = self.config, self.precision
+    used = used_blocks(config)
     batch, images = values.shape[:2]
-    x = patches(values, config).astype(self.precision.compute)
-    linear = Linear((config.width,), ("patch", "embed"), config.patch_bias, self.precision,
-                    name="patch")
-    x = linear(x)
-    init = initializers.normal(config.width**-0.5)
+    x = embed_patches(values, config, precision)
     if config.class_token:
-      token = parameter(self, "class_token", init, (config.width,), ("norm",), self.precision.param)
+      token = parameter(self, "class_token", initializers.normal(config.width**-0.5),
+                        (config.width,), ("norm",), precision.param)
       token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, config.width))
       x = jnp.concatenate([token, x], axis=1)
-    table = parameter(self, "positions", init, x.shape[1:], ("position", "embed"),
-                      self.precision.param)
-    x = x + table.astype(x.dtype)
-    norm = lambda name: LayerNorm(config.norm_eps, self.precision, name=name)
+    tokens = int(config.class_token)
+    x = x + positions(self, config, tokens, precision).astype(x.dtype)
     if config.pre_norm:
-      x = norm("pre_norm")(x)
-    context = make_context(
-      see_all(x.shape[1], x.shape[1], x.shape[0]), None,
-      (self.attention.block_q, self.attention.block_k), width=config.width // config.heads,
-      dtype=self.precision.compute)
-    x, _ = stack.run(
-      Block,
-      config.depth,
-      remat=config.remat,
-      unroll=config.unroll,
-      used=None if self.is_initializing() else used,
-      config=config,
-      implementation=self.attention.implementation,
-      precision=self.precision,
-      name="layers",
-    )(x, None, context)
-    if config.post_norm and (used == config.depth or self.is_initializing()):
-      x = norm("post_norm")(x)
-    pooled = self._pool(x)
-    x = x[:, 1:] if config.class_token else x
-    if pooled is not None:
-      pooled = pooled.reshape(batch, images, config.width)
-    return Features(x.reshape(batch, images, -1, config.width), pooled)
+      x = LayerNorm(config.norm_eps, precision, name="pre_norm")(x)
+    depth = config.depth if self.is_initializing() else used
+    x = run_blocks(Block, x, depth, config, self.attention, precision)
+    if config.post_norm and depth == config.depth:
+      x = LayerNorm(config.norm_eps, precision, name="post_norm")(x)
+    return features(x, tokens, (batch, images), config, precision)
 
-  def _pool(self, x: Array) -> Array | None:
-    pool = self.config.pool
-    if pool == "map":
-      return MapPool(self.config, self.precision, name="pool")(x)
-    first = 1 if self.config.class_token else 0
-    return {"none": None, "tok": x[:, 0], "gap": x[:, first:].mean(axis=1)}[pool]
+
+# Parts of a tower, called inside its compact `__call__`, where their modules belong to it.
+
+
+def embed_patches(values: Array, config: ConfigDict, precision: Precision) -> Array:
+  """Pixels u8[B,N,Height,Width,3] to patches f[B*N,P,D] in the compute dtype."""
+  x = patches(values, config).astype(precision.compute)
+  return Linear((config.width,), ("patch", "embed"), config.patch_bias, precision, name="patch")(x)
+
+
+def run_blocks(block: type[nn.Module], x: Array, used: int, config: ConfigDict,
+               attention: ConfigDict, precision: Precision) -> Array:
+  """The first `used` of `config.depth` blocks on f[B*N,T,D], all of whose slots see each other."""
+  context = make_context(
+    see_all(x.shape[1], x.shape[1], x.shape[0]), None, (attention.block_q, attention.block_k),
+    width=config.width // config.heads, dtype=precision.compute)
+  x, _ = stack.run(
+    block,
+    config.depth,
+    remat=config.remat,
+    unroll=config.unroll,
+    used=used,
+    config=config,
+    implementation=attention.implementation,
+    precision=precision,
+    name="layers",
+  )(x, None, context)
+  return x
+
+
+def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
+             precision: Precision) -> Features:
+  """f[B*N,T,D] of which the first `tokens` are no patches to Features of (B, N) = `outer`."""
+  if config.pool == "map":
+    pooled = MapPool(config, precision, name="pool")(x)
+  else:
+    pooled = {"none": None, "tok": x[:, 0], "gap": x[:, tokens:].mean(axis=1)}[config.pool]
+  if pooled is not None:
+    pooled = pooled.reshape(*outer, config.width)
+  return Features(x[:, tokens:].reshape(*outer, -1, config.width), pooled)
 
 
 def unread(config: ConfigDict) -> tuple[str, ...]:
   """Patterns of the blocks behind `feature_layer`, and of the norm behind them."""
-  used = _used(config)
+  used = used_blocks(config)
   if used == config.depth:
     return ()
   return (f"layers[{used}:]", *(("post_norm",) if config.post_norm else ()))
 
 
-def _used(config: ConfigDict) -> int:
-  """How many blocks the features need."""
+def used_blocks(config: ConfigDict) -> int:
+  """How many blocks the features need.
+
+  Raises:
+    UsageError: a feature_layer, pool or combination that does not exist.
+  """
   if not -config.depth - 1 <= config.feature_layer <= -1:
     raise UsageError(f"config.tower.feature_layer is {config.feature_layer}; use -1 (last block) "
                      f"to {-config.depth - 1} (embeddings), config.tower.depth is {config.depth}")
