@@ -42,6 +42,16 @@ def test_conversation(words):
     "1 0 <user>so", "1 0 <assistant>no<eos>", "2 0 <user>go", "2 0 <assistant>[x][y][<eos>]"]
 
 
+def test_newline_is_paligemmas(words):
+  """<bos> opens the prompt, a line break the answer; it is a token of its own and no prediction."""
+  lines = tokenizer.Tokenizer(words.inner, "newline")
+  encoded = encode(lines, Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", True))
+  assert golden(encoded, lines) == ["0 image", "0 0 <bos>hi", "0 0 \n[y][o][<eos>]"]
+  prompt = encode(lines, Image(PIXELS), Text("hi", "user"), Text("", "assistant"),
+                  function=template.encode_prompt)
+  assert golden(prompt, lines) == ["0 image", "0 0 <bos>hi", "0 0 \n"]
+
+
 def test_fan_out(words):
   encoded = encode(
     words, Image(PIXELS), Text("hi", "user", branch=1), Text("y", "assistant", True, 1),

@@ -81,6 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
       hidden=0,  # width of the hidden layer, 0: the language model's width
       activation="gelu",
       bias=True,
+      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
     )
   )
@@ -108,6 +109,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
+      template="marks",  # what opens a turn: "marks" of each role, "newline" (PaliGemma)
     )
   )
   config.data.decode = ConfigDict(
@@ -149,6 +151,7 @@ def get_config(arg: str = "") -> ConfigDict:
       decay_pattern=r".*(kernel|embedding)$",  # parameters that weight decay applies to
       clip=1.0,  # global gradient norm, 0: off
       groups=(),  # (pattern, learning rate multiplier), first match wins
+      warmups=(),  # (pattern, steps of a warm-up of its own), first match wins
       frozen=(),  # patterns that never train, e.g. "tower/.*", "llm/layers[:2]/.*"
     )
   )

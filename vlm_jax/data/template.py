@@ -5,10 +5,11 @@
     system     <bos> instruction
     text       <bos> page <eos>
 
-Marks that open a turn are never predicted; the text and the closing <eos> are when `Text.loss` says
-so. A text that `continues` one before an image has neither mark nor <eos> between them. Every piece
-is tokenised alone and its loss written at once, so the spans are exact: nothing is tokenised twice
-and counted.
+That is the template "marks"; what opens a user's and an assistant's turn is the tokenizer's to say
+(`config.data.template`). Marks that open a turn are never predicted; the text and the closing <eos>
+are when `Text.loss` says so. A text that `continues` one before an image has neither mark nor <eos>
+between them. Every piece is tokenised alone and its loss written at once, so the spans are exact:
+nothing is tokenised twice and counted.
 """
 
 from collections.abc import Callable
