@@ -121,6 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
       draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
       fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
       shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
+      grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
       kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
     )
   )

@@ -1,12 +1,14 @@
-"""LLaVA checkpoints of Hugging Face: config.json and safetensors, both directions.
+"""LLaVA and LLaVA-NeXT checkpoints of Hugging Face: config.json and safetensors, both directions.
 
 A LLaVA is the strategy `concat` with causal image tokens, tower `vit`, connector `mlp` and any
-published language model (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). Their towers
-are CLIP (class token, pre-norm) or SigLIP (neither); the connector reads hidden state
+published language model (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). A LLaVA-NeXT
+is the strategy `llava_next`, with grids of tiles and a newline besides. Their towers are CLIP
+(class token, pre-norm) or SigLIP (neither); the connector reads hidden state
 `vision_feature_layer` of layers + 1, before any last norm.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -14,10 +16,10 @@ import numpy as np
 from flax.core import meta
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import nodes, safetensors_io, table
+from vlm_jax.convert import nodes, processor, safetensors_io, table
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion, hf
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
@@ -26,16 +28,21 @@ from vlm_jax.core.typing import Params
 TOWER, CONNECTOR = "vision_tower.vision_model.", "multi_modal_projector."
 LLM, HEAD = "language_model.", "language_model.lm_head.weight"
 SPELLINGS = (
-  (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+  (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
   (r"^vision_tower\.(?!vision_model\.)", TOWER),
   (r"^lm_head\.", LLM + "lm_head."),
   (r"^language_model\.(?!model\.|lm_head\.)", LLM + "model."),
 )
 # Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
-# Their tower's node to the image processor that goes with it.
-PROCESSORS = {"clip_vision_model": "CLIPImageProcessor",
-              "siglip_vision_model": "SiglipImageProcessor"}
+# Their model_type to our strategy.
+STRATEGIES = {"llava": "concat", "llava_next": "llava_next"}
+ARCHITECTURES = {"concat": "LlavaForConditionalGeneration",
+                 "llava_next": "LlavaNextForConditionalGeneration"}
+NEWLINE = (("newline", "image_newline", "copy"),)
+# Pixels (height, width) of a LLaVA-NeXT whose config.json names none.
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
@@ -102,6 +109,7 @@ def entries(config: ConfigDict) -> list[table.Entry]:
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("connector/", CONNECTOR, fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
+    ("", "", NEWLINE),
   )
   return table.entries(parts, shapes(config))
 
@@ -121,24 +129,46 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
     UsageError: a setting that our modules do not have; the sentence names it.
   """
   config = config.copy_and_resolve_references()
-  hf.expect(theirs, "model_type", "llava", "llava")
+  kind = theirs.get("model_type", "llava")
+  if kind not in STRATEGIES:
+    raise UsageError(f"config.json: model_type is '{kind}'; {nearest(kind, STRATEGIES)}")
   text, vision = theirs.get("text_config", {}), theirs.get("vision_config", {})
-  config.fusion.name, config.fusion.image_attention = "concat", "causal"
+  config.fusion.name, config.fusion.image_attention = STRATEGIES[kind], "causal"
   config.llm.update(nodes.read(text, "llm", "llama"))
   if "tie_word_embeddings" in theirs:
     config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
-  _processor_type(vision.get("model_type", "clip_vision_model"))
-  config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
+  _check_tower(vision.get("model_type", TOWERS[0]))
+  config.tower.update(nodes.read(vision, "towers", TOWERS[0]))
   config.llm.final_soft_cap = 0.0  # their LLaVA never reads it
   config.tower.post_norm = False
   if vision.get("vision_use_head"):
     raise UsageError("config.json: vision_config.vision_use_head is true; the pooling head is not "
                      "read by a LLaVA, export the checkpoint without it")
   _read_features(theirs, config.tower)
+  config.data.decode.grids = ()
+  if kind == "llava_next":
+    config.data.decode.grids = _grids(theirs.get("image_grid_pinpoints") or PINPOINTS, config)
+    config.data.decode.update(fit="stretch", border=(0, 0, 0))
   config.connector.name, config.connector.hidden = "mlp", config.llm.width
   config.connector.activation = hf.activation(theirs, "projector_hidden_act", "gelu")
   config.connector.bias = theirs.get("multimodal_projector_bias", True)
   return config
+
+
+def _check_tower(kind: str) -> None:
+  if kind not in TOWERS:
+    raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
+                     f"are {', '.join(TOWERS)}")
+
+
+def _grids(pinpoints: Iterable, config: ConfigDict) -> tuple[tuple[int, int], ...]:
+  """(rows, columns) of tiles, of their sizes in pixels."""
+  side = config.tower.image_size
+  for sizes in pinpoints:
+    if any(pixels % side for pixels in sizes):
+      raise UsageError(f"config.json: image_grid_pinpoints has {list(sizes)}, which cannot be cut "
+                       f"into tiles of {side} pixels")
+  return tuple((height // side, width // side) for height, width in pinpoints)
 
 
 def _read_features(theirs: dict, tower: ConfigDict) -> None:
@@ -165,9 +195,13 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   Raises:
     UsageError: the config is not a LLaVA; the sentence names the field.
   """
-  for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
-                        ("connector.name", "mlp"), ("tower.post_norm", False),
-                        ("tower.pool", "none"), ("llm.final_soft_cap", 0.0)):
+  strategy = config.fusion.name
+  if strategy not in ARCHITECTURES:
+    raise UsageError(f"config.fusion.name is '{strategy}'; that of a LLaVA checkpoint is "
+                     f"{' or '.join(ARCHITECTURES)}")
+  for field, needed in (("fusion.image_attention", "causal"), ("connector.name", "mlp"),
+                        ("tower.post_norm", False), ("tower.pool", "none"),
+                        ("llm.final_soft_cap", 0.0)):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "
@@ -175,10 +209,11 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   if config.connector.hidden not in (0, config.llm.width):
     raise UsageError(f"config.connector.hidden is {config.connector.hidden}; in a LLaVA checkpoint "
                      f"it is the language model's width, {config.llm.width}")
-  tower = config.tower
+  tower, vision = config.tower, nodes.write(config.tower, "towers")
+  _check_tower(vision["model_type"])
   return {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
+    "architectures": [ARCHITECTURES[strategy]],
+    "model_type": next(kind for kind, name in STRATEGIES.items() if name == strategy),
     "image_token_index": image_token,
     "image_seq_length": (tower.image_size // tower.patch) ** 2,
     "vision_feature_layer": tower.feature_layer,
@@ -188,25 +223,23 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     "tie_word_embeddings": config.llm.tie_embeddings,
     "text_config": nodes.write(config.llm, "llm") | {
       "max_position_embeddings": config.data.tokens},
-    "vision_config": nodes.write(tower, "towers"),
+    "vision_config": vision,
+    **({"image_grid_pinpoints": _pinpoints(config)} if strategy == "llava_next" else {}),
   }
 
 
-def _processor_type(kind: str) -> str:
-  """The image processor that goes with their tower's model_type."""
-  if kind not in PROCESSORS:
-    raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
-                     f"are {', '.join(PROCESSORS)}")
-  return PROCESSORS[kind]
+def _pinpoints(config: ConfigDict) -> list[list[int]]:
+  """Their sizes in pixels of our grids."""
+  return [[side * config.tower.image_size for side in grid] for grid in config.data.decode.grids]
 
 
 def _processor(config: ConfigDict) -> dict:
-  """Their preprocessor_config.json: the same resize and pixel scaling."""
-  side, kind = config.tower.image_size, nodes.write(config.tower, "towers")["model_type"]
-  return {
-    "processor_class": "LlavaProcessor", "image_processor_type": _processor_type(kind),
-    "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
-    "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
-  }
+  """Their preprocessor_config.json: what `config` does to an image."""
+  theirs, side = processor.write(config), config.tower.image_size
+  if config.fusion.name == "llava_next":
+    square = {"height": side, "width": side}
+    return theirs | {
+      "processor_class": "LlavaNextProcessor", "image_processor_type": "LlavaNextImageProcessor",
+      "size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, "do_pad": True,
+      "image_grid_pinpoints": _pinpoints(config)}
+  return theirs | {"processor_class": "LlavaProcessor"}

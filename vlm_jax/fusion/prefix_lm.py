@@ -42,9 +42,20 @@ from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Stage
 from vlm_jax.core.layout import Layout, Slots, write_slots
-from vlm_jax.fusion.concat import STREAM, Model, assemble, axes, fields, losses, rows, weights
+from vlm_jax.fusion.concat import (
+  STREAM,
+  Model,
+  assemble,
+  axes,
+  fields,
+  losses,
+  order,
+  rows,
+  weights,
+)
 
-__all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "rows", "weights"]
+__all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order", "rows",
+           "weights"]
 
 STAGES = (Stage("all", (".*",)),)  # trained from scratch, in one stage
 
@@ -55,7 +66,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   Raises:
     UsageError: as `concat.layout`, or a prefix that a local layer could not see whole.
   """
-  slots = write_slots(encoded, rows(config))
+  slots = write_slots(encoded, rows(config), lambda image: order(config, image))
   length = len(slots)
   if _plain(slots):
     ends = np.where(np.arange(length) < (cut := int(rng.integers(0, length))), cut, 0)
