@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from vlm_jax.configs import base
-from vlm_jax.convert import llava, safetensors_io, table
+from vlm_jax.convert import llava, processor, safetensors_io, table
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.data import images
 from vlm_jax.data.pack import Packer
 from vlm_jax.ops import rope
 
@@ -314,12 +316,17 @@ def test_configs_that_are_no_llava(one):
       llava.read_config({**theirs, **change}, recipe())
     assert "\n" not in str(error_info.value)
   for field, value in (("fusion.image_attention", "bidirectional"), ("tower.post_norm", True),
-                       ("tower.patch_bias", True), ("connector.hidden", 7)):
+                       ("tower.patch_bias", True), ("connector.hidden", 7),
+                       ("tower.position_size", 99)):
     config = one.config.copy_and_resolve_references()
     node, name = field.split(".")
     config[node][name] = value
     with pytest.raises(UsageError, match=name):
       llava.write_config(config, IMAGE)
+  config = one.config.copy_and_resolve_references()
+  config.tower.update(name="dinov2", mlp=2 * config.tower.width)
+  with pytest.raises(UsageError, match="model_type is 'dinov2'; the towers of LLaVA checkpoints"):
+    llava.write_config(config, IMAGE)
 
 
 def test_sparse_config_of_the_hub_means_the_defaults_there():
@@ -339,6 +346,28 @@ def test_sparse_config_of_the_hub_means_the_defaults_there():
   assert config.tower.activation == full.vision_config.hidden_act == "quick_gelu"
   assert config.tower.feature_layer == full.vision_feature_layer
   assert sum(int(np.prod(s)) for s in llava.shapes(config).values()) == 7_063_427_072 - 2 * 1024
+
+
+def test_the_processor_is_read_and_written(tmp_path):
+  config, params = llava.read(_saved(0, tmp_path), recipe())
+  config.data.decode.update(fit="pad", border=processor.mean_colour(config.tower.mean))
+  llava.write(tmp_path / "ours", config, params, IMAGE)
+  made = transformers.LlavaImageProcessorPil.from_pretrained(tmp_path / "ours")
+  pixels = np.random.default_rng(0).integers(0, 256, (33, 57, 3)).astype(np.uint8)
+  theirs = made(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+  ours = images.square(pixels, config.tower.image_size, images.decoding(config)) / 255
+  ours = (ours - np.array(config.tower.mean)) / np.array(config.tower.std)
+  np.testing.assert_allclose(ours, theirs.transpose(1, 2, 0), atol=1e-5)
+  again, _ = llava.read(tmp_path / "ours", recipe())
+  assert again.data.decode.to_json() == config.data.decode.to_json()
+  config.data.decode.fit = "letterbox"
+  with pytest.raises(UsageError, match="config.data.decode.fit is 'letterbox'"):
+    llava.write(tmp_path / "other", config, params, IMAGE)
+  written = safetensors_io.read_json(tmp_path / "ours" / processor.FILE)
+  written["size"], written["crop_size"] = {"shortest_edge": 99}, 99
+  safetensors_io.write_json(tmp_path / "ours" / processor.FILE, written)
+  with pytest.raises(UsageError, match="images of 99 pixels, but config.json's tower sees"):
+    llava.read(tmp_path / "ours", recipe())
 
 
 def test_tied_head_must_be_the_embedding(tmp_path):

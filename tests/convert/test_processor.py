@@ -190,7 +190,8 @@ def test_other_spellings(theirs, fields):
 
 @pytest.mark.parametrize("change, sentence", [
   (dict(image_processor_type="CLIPSImageProcessor"), "'CLIPS' cannot be imported; did you mean"),
-  (dict(image_processor_type="LlavaNextImageProcessor"), "'LlavaNext' cannot be imported"),
+  (dict(image_processor_type="LlavaNextImageProcessor"), r"has \[336, 672\], which cannot be cut"),
+  (dict(image_processor_type="Mask2FormerImageProcessor"), "'Mask2Former' cannot be imported"),
   (dict(do_resize=False), "do_resize is False; only True"),
   (dict(rescale_factor=1 / 127.5), "rescale_factor is 0.0078"),
   (dict(resample=9), "resample is 9; known: 0 to 5"),
@@ -205,6 +206,8 @@ def test_what_cannot_be_read_is_named(change, sentence):
 
 
 @pytest.mark.parametrize("fields, sentence", [
+  (dict(grids=((1, 2),)), r"config.data.decode.border is \(255, 255, 255\)"),
+  (dict(grids=((1, 2),), fit="pad"), "config.data.decode.fit is 'pad'"),
   (dict(fit="letterbox"), "config.data.decode.fit is 'letterbox'"),
   (dict(kernel="torch_bicubic"), "config.data.decode.kernel is 'torch_bicubic'"),
   (dict(background=(0, 0, 0)), "config.data.decode.background"),

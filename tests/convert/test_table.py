@@ -129,3 +129,30 @@ def test_damaged_files_are_one_sentence(tmp_path):
     safetensors_io.Reader(tmp_path)
   with pytest.raises(DiskError, match="cannot be written"):
     safetensors_io.write(tmp_path / "absent", {})
+
+
+def test_parts_of_one_tensor():
+  keys = tuple((f"{name}/{leaf}", f"in_proj_{leaf}[{number}/3]", op)
+               for number, name in enumerate(("query", "key", "value"))
+               for leaf, op in (("kernel", "in"), ("bias", "flat")))
+  shapes = {f"{name}/{leaf}": shape for name in ("query", "key", "value")
+            for leaf, shape in (("kernel", (6, 2, 5)), ("bias", (2, 5)))}
+  rng = np.random.default_rng(0)
+  flat = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+  entries = table.entries([("", "", keys)], shapes)
+  tensors = table.export(unflatten(flat), entries)
+  theirs = Tensors({key: tensor.get() for key, tensor in tensors.items()})
+  assert theirs.shapes == {"in_proj_kernel": (30, 6), "in_proj_bias": (30,)}
+  assert all(tensors[key].nbytes == array.nbytes for key, array in theirs.items())
+  np.testing.assert_array_equal(theirs["in_proj_kernel"][10:20],
+                                flat["key/kernel"].reshape(6, 10).T)
+  spelled = Tensors({"old." + key: array for key, array in theirs.items()})
+  for source in (theirs, spelled):
+    back = flatten(table.load(source, entries, table.renamer(((r"^old\.", ""),))))
+    for path, array in flat.items():
+      np.testing.assert_array_equal(back[path], array)
+  with pytest.raises(DataError, match=r"in_proj_bias is \(31,\), which is not 3 equal parts"):
+    table.load(Tensors(theirs | {"in_proj_bias": np.zeros(31)}), entries)
+  del theirs["in_proj_bias"]
+  with pytest.raises(DataError, match=r"3 keys are missing: in_proj_bias\[0/3\]"):
+    table.load(theirs, entries)

@@ -1,4 +1,7 @@
-"""Gemma 1, 2 and 3 held to transformers, windows shorter than the text included."""
+"""Gemma 1, 2 and 3 held to transformers, windows shorter than the text included.
+
+Measured: logits below 2e-6, gradients below 7e-6.
+"""
 
 import dataclasses
 
@@ -6,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from ml_collections import FrozenConfigDict
 
+from tests.fusion import testing as contract
 from tests.llm import published
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
@@ -176,3 +181,37 @@ def test_what_theirs_cannot_say_is_refused(size, field, value):
   config[field] = value
   with pytest.raises(UsageError, match=f"config.llm.{field} is {value!r}; a checkpoint of model"):
     gemma.write_hf(config)
+
+
+def test_packed_rows_are_the_documents_alone():
+  """Images that see themselves whole among them, behind windows shorter than a document."""
+  config = contract.get_config("concat", "bidirectional")
+  config.llm.update(gemma.size("2-2b") | dict(
+    name="gemma", vocab_size=contract.VOCAB, width=32, depth=3, mlp=48, heads=4, kv_heads=2,
+    head_dim=8, window=WINDOW))
+  layouts = contract.lay_out(contract.documents(0), config)
+  params = contract.noise_params(config)
+  flat, where = contract.pack(layouts, config)
+  packed = contract.logits(config, params, flat)
+  assert len({row for row, _ in where.values()}) < len(where)
+  for layout in layouts:
+    expected = contract.logits(config, params, contract.alone(layout, config))
+    expected = expected[0, : layout.sizes["text"]]
+    assert contract.error(packed[where[layout.key]], expected) < 2e-6
+
+
+def test_the_embedding_scale_is_rounded_to_the_compute_dtype():
+  """As published: in bfloat16 the square root of 3072 is 55.5."""
+  config = base.get_config()
+  config.llm.update(name="gemma", width=3072, heads=12, vocab_size=7)
+  config = FrozenConfigDict(config)
+  theirs = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(
+    7, 3072, 0, embed_scale=3072**0.5).to(torch.bfloat16)
+  table = np.random.default_rng(0).normal(size=(7, 3072)).astype(np.float32)
+  with torch.no_grad():
+    theirs.weight.copy_(torch.tensor(table))
+    expected = theirs(torch.arange(7)).float().numpy()
+  model = gemma.Model(config.llm, config.attention, Precision(jnp.float32, jnp.bfloat16))
+  embed = lambda model: model.embed(jnp.arange(7)[None])
+  got = model.apply({"params": {"embed": {"embedding": table}}}, method=embed)[0]
+  np.testing.assert_array_equal(got.astype(jnp.float32), expected)

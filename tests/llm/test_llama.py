@@ -1,6 +1,6 @@
 """Llama held to transformers; its cache, its sizes, and soft caps of all families.
 
-Measured: logits below 1e-6, gradients below 1e-5.
+Measured: logits below 2e-6, gradients below 6e-6.
 """
 
 import ast

@@ -146,9 +146,10 @@ def test_map_pool_is_torchs_attention():
   params = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), shapes)
   p = jax.tree.map(torch.tensor, params["params"])
   theirs = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+  names = ("query", "key", "value")
   with torch.no_grad():
-    theirs.in_proj_weight.copy_(p["project"]["kernel"].reshape(12, 36).T)
-    theirs.in_proj_bias.copy_(p["project"]["bias"].reshape(36))
+    theirs.in_proj_weight.copy_(torch.cat([p[n]["kernel"].reshape(12, 12).T for n in names]))
+    theirs.in_proj_bias.copy_(torch.cat([p[n]["bias"].reshape(12) for n in names]))
     theirs.out_proj.weight.copy_(p["out"]["kernel"].reshape(12, 12).T)
     theirs.out_proj.bias.copy_(p["out"]["bias"])
     probe = p["probe"][None].repeat(2, 1, 1)

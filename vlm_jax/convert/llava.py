@@ -8,7 +8,6 @@ is the strategy `llava_next`, with grids of tiles and a newline besides. Their t
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -40,9 +39,7 @@ STRATEGIES = {"llava": "concat", "llava_next": "llava_next"}
 ARCHITECTURES = {"concat": "LlavaForConditionalGeneration",
                  "llava_next": "LlavaNextForConditionalGeneration"}
 NEWLINE = (("newline", "image_newline", "copy"),)
-# Pixels (height, width) of a LLaVA-NeXT whose config.json names none.
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
 def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
@@ -61,6 +58,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
+  read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config)
 
@@ -93,13 +91,15 @@ def write(
   """
   dtype = np.dtype(params["llm"]["embed"]["embedding"].dtype)
   theirs = {**write_config(config, image_token), "dtype": dtype.name}
+  of = "LlavaNextProcessor" if config.data.decode.grids else "LlavaProcessor"
+  pixels = {"processor_class": of, **processor.write(config)}
   tensors = table.export(params, entries(config))
   for name, value in zip(UNREAD, (1, 0), strict=True):
     filler = np.full(config.tower.width, value, dtype)
     tensors[name] = safetensors_io.Tensor(filler.nbytes, lambda filler=filler: filler)
   directory = safetensors_io.new_directory(directory)
   safetensors_io.write(directory, tensors, shard_bytes)
-  safetensors_io.write_json(directory / "preprocessor_config.json", _processor(config))
+  safetensors_io.write_json(directory / processor.FILE, pixels)
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
@@ -135,20 +135,20 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
   text, vision = theirs.get("text_config", {}), theirs.get("vision_config", {})
   config.fusion.name, config.fusion.image_attention = STRATEGIES[kind], "causal"
   config.llm.update(nodes.read(text, "llm", "llama"))
-  if "tie_word_embeddings" in theirs:
-    config.llm.tie_embeddings |= theirs["tie_word_embeddings"]
-  _check_tower(vision.get("model_type", TOWERS[0]))
-  config.tower.update(nodes.read(vision, "towers", TOWERS[0]))
+  config.llm.tie_embeddings |= bool(theirs.get("tie_word_embeddings"))
+  _check_tower(vision.get("model_type", "clip_vision_model"))
+  config.tower.update(nodes.read(vision, "towers", "clip_vision_model"))
   config.llm.final_soft_cap = 0.0  # their LLaVA never reads it
-  config.tower.post_norm = False
+  config.tower.post_norm, config.tower.pool = False, "none"
   if vision.get("vision_use_head"):
     raise UsageError("config.json: vision_config.vision_use_head is true; the pooling head is not "
                      "read by a LLaVA, export the checkpoint without it")
   _read_features(theirs, config.tower)
+  pinpoints = theirs.get("image_grid_pinpoints") or processor.PINPOINTS
   config.data.decode.grids = ()
   if kind == "llava_next":
-    config.data.decode.grids = _grids(theirs.get("image_grid_pinpoints") or PINPOINTS, config)
-    config.data.decode.update(fit="stretch", border=(0, 0, 0))
+    config.data.decode.update(fit="stretch", border=processor.BLACK, grids=processor.grids(
+      pinpoints, config.tower.image_size))
   config.connector.name, config.connector.hidden = "mlp", config.llm.width
   config.connector.activation = hf.activation(theirs, "projector_hidden_act", "gelu")
   config.connector.bias = theirs.get("multimodal_projector_bias", True)
@@ -156,19 +156,9 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
 
 
 def _check_tower(kind: str) -> None:
-  if kind not in TOWERS:
+  if kind not in TOWER_TYPES:
     raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
-                     f"are {', '.join(TOWERS)}")
-
-
-def _grids(pinpoints: Iterable, config: ConfigDict) -> tuple[tuple[int, int], ...]:
-  """(rows, columns) of tiles, of their sizes in pixels."""
-  side = config.tower.image_size
-  for sizes in pinpoints:
-    if any(pixels % side for pixels in sizes):
-      raise UsageError(f"config.json: image_grid_pinpoints has {list(sizes)}, which cannot be cut "
-                       f"into tiles of {side} pixels")
-  return tuple((height // side, width // side) for height, width in pinpoints)
+                     f"are {', '.join(TOWER_TYPES)}")
 
 
 def _read_features(theirs: dict, tower: ConfigDict) -> None:
@@ -209,8 +199,12 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   if config.connector.hidden not in (0, config.llm.width):
     raise UsageError(f"config.connector.hidden is {config.connector.hidden}; in a LLaVA checkpoint "
                      f"it is the language model's width, {config.llm.width}")
-  tower, vision = config.tower, nodes.write(config.tower, "towers")
+  tower = config.tower
+  vision = nodes.write(tower, "towers")
   _check_tower(vision["model_type"])
+  if vision["image_size"] != tower.image_size:
+    raise UsageError(f"config.tower.position_size is {tower.position_size}; in a LLaVA checkpoint "
+                     f"it is image_size, {tower.image_size}, for positions are not resized there")
   return {
     "architectures": [ARCHITECTURES[strategy]],
     "model_type": next(kind for kind, name in STRATEGIES.items() if name == strategy),
@@ -224,22 +218,21 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     "text_config": nodes.write(config.llm, "llm") | {
       "max_position_embeddings": config.data.tokens},
     "vision_config": vision,
-    **({"image_grid_pinpoints": _pinpoints(config)} if strategy == "llava_next" else {}),
+    **({"image_grid_pinpoints": processor.pinpoints(config)} if strategy == "llava_next" else {}),
   }
 
 
-def _pinpoints(config: ConfigDict) -> list[list[int]]:
-  """Their sizes in pixels of our grids."""
-  return [[side * config.tower.image_size for side in grid] for grid in config.data.decode.grids]
+def read_processor(directory: str | os.PathLike, config: ConfigDict) -> None:
+  """Sets how the preprocessor_config.json of a checkpoint, if there is one, makes pixels.
 
-
-def _processor(config: ConfigDict) -> dict:
-  """Their preprocessor_config.json: what `config` does to an image."""
-  theirs, side = processor.write(config), config.tower.image_size
-  if config.fusion.name == "llava_next":
-    square = {"height": side, "width": side}
-    return theirs | {
-      "processor_class": "LlavaNextProcessor", "image_processor_type": "LlavaNextImageProcessor",
-      "size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, "do_pad": True,
-      "image_grid_pinpoints": _pinpoints(config)}
-  return theirs | {"processor_class": "LlavaProcessor"}
+  Raises:
+    UsageError: it makes other pixels than the tower of `config` sees, or as `processor.read`.
+  """
+  if not (path := Path(directory) / processor.FILE).exists():
+    return
+  tower, decode = processor.read(safetensors_io.read_json(path))
+  if tower["image_size"] != config.tower.image_size:
+    raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
+                     f"tower sees {config.tower.image_size}; they are not of one checkpoint")
+  config.tower.update(tower)
+  config.data.decode.update(decode)

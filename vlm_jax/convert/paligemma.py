@@ -16,7 +16,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import nodes, processor, safetensors_io, table
-from vlm_jax.convert.llava import CONNECTOR, HEAD, LLM, SPELLINGS, TOWER, shapes
+from vlm_jax.convert.llava import (
+  CONNECTOR,
+  HEAD,
+  LLM,
+  SPELLINGS,
+  TOWER,
+  read_processor,
+  shapes,
+)
 from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.typing import Params
@@ -43,6 +51,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
     UsageError: config.json asks for something that the modules named above do not have.
   """
   config = read_config(safetensors_io.read_json(Path(directory) / "config.json"), config)
+  read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config)
 
@@ -140,6 +149,9 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     if node["model_type"] not in known:
       raise UsageError(f"config.{field} is a '{node['model_type']}'; that of a PaliGemma is "
                        f"{' or '.join(known)}")
+  if vision["image_size"] != config.tower.image_size:
+    raise UsageError(f"config.tower.position_size is {config.tower.position_size}; in a PaliGemma "
+                     f"checkpoint it is image_size, {config.tower.image_size}")
   width = config.llm.width
   return {
     "architectures": ["PaliGemmaForConditionalGeneration"],

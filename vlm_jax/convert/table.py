@@ -5,7 +5,8 @@ Every tower, connector and language model has a tuple `KEYS` of rows (ours, thei
   ours    path of the parameter below the module, "layers/attention/query/kernel"
   theirs  key below their module, "layers.{layer}.self_attn.q_proj.weight"; with {layer}, ours is
           stacked on a leading axis and one row stands for the keys of all layers ({next}: layers
-          from 1 on, where their layer 0 is not like the others)
+          from 1 on, where their layer 0 is not like the others); "in_proj_weight[1/3]" is the
+          second of three equal parts, along their first axis, of one tensor of theirs
   op      name in `OPS`: how the arrays of one layer differ
 
 A row whose parameter the config does not make (a class token, a bias) is passed over. Because
@@ -56,8 +57,6 @@ OPS = {
   "copy": Op(lambda s: s, lambda a: a, lambda a, s: a),
   # A bias or token with split axes, [H,C] for [H*C].
   "flat": Op(lambda s: (math.prod(s),), lambda a: a.reshape(-1), lambda a, s: a.reshape(s)),
-  # An array that theirs has under a leading axis of one, [1,...].
-  "lead": Op(lambda s: (1, *s), lambda a: a[None], lambda a, s: a[0]),
   # torch Linear [out, in]; the output axes may be split: ours [D,H,C].
   "in": Op(
     lambda s: (math.prod(s[1:]), s[0]),
@@ -76,6 +75,8 @@ OPS = {
     lambda a: a.transpose(3, 2, 0, 1),
     lambda a, s: a.transpose(2, 3, 1, 0),
   ),
+  # Axes of size 1 in front.
+  "lead": Op(lambda s: (1, *s), lambda a: a[None], lambda a, s: a.reshape(s)),
   # torch Conv2d [D,3,size,size]; ours [size*size*3, D], a patch being (row, column, channel).
   "patch": Op(_patch_shape, _export_patch, _load_patch),
 }
@@ -151,6 +152,7 @@ def load(
   Raises:
     DataError: missing keys, unexpected keys, or wrong shapes; one sentence with the names.
   """
+  source = _apart(source, table, rename)
   spelled: dict[str, str] = {}
   for key in source.shapes:
     if rename(key) in spelled:
@@ -206,7 +208,53 @@ def export(params: Params, table: list[Entry]) -> dict[str, Tensor]:
     nbytes = math.prod(entry.shape) * flat[entry.path].dtype.itemsize
     return Tensor(nbytes, lambda: get(entry))
 
-  return {entry.key: tensor(entry) for entry in table}
+  return _together({entry.key: tensor(entry) for entry in table})
+
+
+PART = re.compile(r"(.+)\[(\d+)/(\d+)\]")  # a key of KEYS: tensor, part, number of parts
+
+
+class _Apart:
+  """A source whose tensors of several parts are several tensors, with keys as in KEYS."""
+
+  def __init__(self, source: Source, parts: Mapping[str, int]):
+    self._source = source
+    self.shapes: dict[str, Shape] = {}
+    for key, shape in source.shapes.items():
+      count = parts.get(key, 1)
+      if count == 1:
+        self.shapes[key] = shape
+        continue
+      if not shape or shape[0] % count:
+        raise DataError(f"weights: {key} is {shape}, which is not {count} equal parts; the "
+                        "config.json describes another model")
+      for number in range(count):
+        self.shapes[f"{key}[{number}/{count}]"] = (shape[0] // count, *shape[1:])
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    match = PART.fullmatch(key)
+    if not match:
+      return self._source[key]
+    return np.split(self._source[match[1]], int(match[3]))[int(match[2])]
+
+
+def _apart(source: Source, table: list[Entry], rename: Callable[[str], str]) -> Source:
+  matches = [match for entry in table if (match := PART.fullmatch(entry.key))]
+  counts = {match[1]: int(match[3]) for match in matches}
+  return _Apart(source, {key: counts[rename(key)] for key in source.shapes
+                         if rename(key) in counts}) if counts else source
+
+
+def _together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+  """The inverse on what is written: the parts of a tensor, which are in order, are one."""
+  found: dict[str, list[Tensor]] = {}
+  for key, tensor in tensors.items():
+    match = PART.fullmatch(key)
+    found.setdefault(match[1] if match else key, []).append(tensor)
+  return {key: parts[0] if len(parts) == 1 else Tensor(
+    sum(part.nbytes for part in parts),
+    lambda parts=parts: np.concatenate([part.get() for part in parts]))
+    for key, parts in found.items()}
 
 
 def renamer(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:

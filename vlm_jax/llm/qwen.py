@@ -79,6 +79,9 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
   """
   kind = theirs["model_type"]
   hf.expect(theirs, "use_sliding_window", False, False)
+  if "sliding_attention" in (theirs.get("layer_types") or ()):
+    raise UsageError(f"config.json: {hf.place(theirs, 'layer_types')} has sliding_attention; only "
+                     "full_attention can be imported")
   fields = _hf.read({**DEFAULTS[kind], **theirs})
   if kind == "qwen2":
     return fields | {"qkv_bias": True}

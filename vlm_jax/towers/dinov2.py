@@ -84,7 +84,7 @@ def _gated_width(plain: int) -> int:
 
 
 def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `config.tower` that their node says; `pool` "tok" gives their pooled output.
+  """The fields of `config.tower` that their node says, pooled as the published model alone does.
 
   Raises:
     UsageError: a setting that the model does not have.
@@ -99,7 +99,7 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
     "feed_forward": "gated" if gated else "plain",
     "activation": "silu" if gated else hf.activation(theirs, "hidden_act", "gelu"),
     "registers": theirs.get("num_register_tokens", 4) if kind == REGISTERS else 0,
-    "class_token": True, "pre_norm": False, "patch_bias": True, "post_norm": True, "pool": "none",
+    "class_token": True, "pre_norm": False, "patch_bias": True, "post_norm": True, "pool": "tok",
     "feature_layer": -1, "position_size": 0, "position_resize": RESIZE[kind],
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
   }

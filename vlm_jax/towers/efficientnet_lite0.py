@@ -54,13 +54,16 @@ def _block_keys(number: int) -> tuple:
      *norm_keys(f"{ours}/{name}_norm", f"{theirs}.{norm}")) for name, conv, norm in parts))
 
 
-# Ours, theirs (the layout of EfficientNet-PyTorch), operation: see vlm_jax/convert/table.py.
+# Ours, theirs (the layout of EfficientNet-PyTorch), operation: see vlm_jax/convert/table.py. The
+# classifier is in files and never made: features end at the head.
 KEYS = (
   ("stem/kernel", "_conv_stem.weight", "conv"),
   *norm_keys("stem_norm", "_bn0"),
   *itertools.chain.from_iterable(map(_block_keys, range(len(BLOCKS)))),
   ("head/kernel", "_conv_head.weight", "conv"),
   *norm_keys("head_norm", "_bn1"),
+  ("classifier/kernel", "_fc.weight", "in"),
+  ("classifier/bias", "_fc.bias", "copy"),
 )
 
 

@@ -25,10 +25,13 @@ EXPANSION = 4  # a bottleneck's output is that many times wider than its middle
 
 
 def norm_keys(ours: str, theirs: str) -> tuple:
-  """Rows of KEYS of a norm, whether its statistics are frozen or it has none."""
+  """Rows of KEYS of a norm, whether its statistics are frozen or it has none.
+
+  Their count of batches is in files, and a parameter of nobody's.
+  """
   pairs = (("scale", "weight"), ("bias", "bias"), ("frozen_scale", "weight"),
            ("frozen_bias", "bias"), ("frozen_mean", "running_mean"),
-           ("frozen_variance", "running_var"))
+           ("frozen_variance", "running_var"), ("count", "num_batches_tracked"))
   return tuple((f"{ours}/{leaf}", f"{theirs}.{key}", "copy") for leaf, key in pairs)
 
 

@@ -28,7 +28,7 @@ FIELDS = (*(field for field in vit.FIELDS if field.ours != "image_size"),
 
 
 def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `config.tower` that their node says; `pool` "map" gives their pooled output.
+  """The fields of `config.tower` that their node says, pooled as the published model alone does.
 
   Raises:
     UsageError: positions that are no square, an activation that the model does not have.
@@ -40,7 +40,8 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
   return config | {
     "image_size": math.isqrt(count) * config["patch"],
     "activation": hf.activation(theirs, "hidden_act", "gelu_pytorch_tanh"),
-    "class_token": False, "pre_norm": False, "patch_bias": True, "post_norm": True, "pool": "none",
+    "class_token": False, "pre_norm": False, "patch_bias": True, "post_norm": True,
+    "pool": "map" if theirs.get("vision_use_head", True) else "none",
     "feature_layer": -1, "position_size": 0, "position_resize": "bilinear_antialias",
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
   }

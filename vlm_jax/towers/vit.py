@@ -70,8 +70,12 @@ KEYS = (
   ("post_norm/scale", "post_layernorm.weight", "copy"),
   ("post_norm/bias", "post_layernorm.bias", "copy"),
   ("pool/probe", "head.probe", "lead"),
-  ("pool/project/kernel", "head.attention.in_proj_weight", "in"),
-  ("pool/project/bias", "head.attention.in_proj_bias", "flat"),
+  ("pool/query/kernel", "head.attention.in_proj_weight[0/3]", "in"),
+  ("pool/key/kernel", "head.attention.in_proj_weight[1/3]", "in"),
+  ("pool/value/kernel", "head.attention.in_proj_weight[2/3]", "in"),
+  ("pool/query/bias", "head.attention.in_proj_bias[0/3]", "flat"),
+  ("pool/key/bias", "head.attention.in_proj_bias[1/3]", "flat"),
+  ("pool/value/bias", "head.attention.in_proj_bias[2/3]", "flat"),
   ("pool/out/kernel", "head.attention.out_proj.weight", "out"),
   ("pool/out/bias", "head.attention.out_proj.bias", "copy"),
   ("pool/norm/scale", "head.layernorm.weight", "copy"),
@@ -114,21 +118,22 @@ FIELDS = (
 
 
 def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of `config.tower` that their node says: all patches, behind the last norm.
+  """The fields of `config.tower` that their node says, with patches behind the last norm.
 
-  For what the whole published models pool, `pool` is then "tok" (CLIP) or "map" (SigLIP).
+  They pool as the published model alone does; a VLM that reads patches sets `pool` "none".
 
   Raises:
     UsageError: an activation that the model does not have.
   """
   family = FAMILIES[theirs["model_type"]]
+  head = "map" if theirs.get("vision_use_head", True) else "none"
   return hf.read(theirs, FIELDS) | {
     "patch": theirs.get("patch_size", family.patch),
     "norm_eps": theirs.get("layer_norm_eps", family.norm_eps),
     "activation": hf.activation(theirs, "hidden_act", family.activation),
     "class_token": family.class_token, "pre_norm": family.pre_norm,
     "patch_bias": family.patch_bias, "mean": family.mean, "std": family.std,
-    "post_norm": True, "pool": "none", "feature_layer": -1,
+    "post_norm": True, "pool": "tok" if family.class_token else head, "feature_layer": -1,
     "position_size": 0, "position_resize": "bicubic",
   }
 
@@ -254,16 +259,15 @@ class MapPool(nn.Module):
     """f[B,P,D] to f[B,D]."""
     config, rows = self.config, x.shape[0]
     head = config.width // config.heads
-    # Queries, keys and values in one kernel, as torch's MultiheadAttention stores them.
-    project = Linear((3, config.heads, head), ("embed", None, "heads", "head"), True,
-                     self.precision, name="project")
+    project = lambda name: Linear(
+      (config.heads, head), ("embed", "heads", "head"), True, self.precision, name=name
+    )
     probe = parameter(
       self, "probe", initializers.xavier_uniform(), (1, config.width), (None, "norm"),
       self.precision.param,
     )
     probe = jnp.broadcast_to(probe, (rows, 1, config.width))
-    keys_and_values = project(x)
-    y = attention(project(probe)[:, :, 0], keys_and_values[:, :, 1], keys_and_values[:, :, 2],
+    y = attention(project("query")(probe), project("key")(x), project("value")(x),
                   see_all(1, x.shape[1], rows))
     axes = ("heads", "head", "embed")
     y = Linear((config.width,), axes, True, self.precision, name="out")(y)[:, 0]

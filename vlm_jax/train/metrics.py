@@ -163,7 +163,10 @@ class Work:
     return sum(self._cost[name] * total for name, total in self.slots.items())
 
   def attention(self, pairs: dict[str, float]) -> float:
-    """FLOPs of the language model's attention, both ways, for the visible pairs of every mask."""
+    """FLOPs of the language model's attention, both ways, for the visible pairs of every mask.
+
+    Local layers count as global ones: in rows longer than their window this is an upper bound.
+    """
     layers = lambda mask: self._encoder_depth if mask == "encoder" else self._depth
     return self._pair * sum(count * layers(mask) for mask, count in pairs.items())
 
