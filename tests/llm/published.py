@@ -159,7 +159,7 @@ def check_greedy_tokens(reference: Reference) -> None:
     torch.tensor(ids).long(), attention_mask=torch.tensor(seen), max_new_tokens=NEW,
     do_sample=False, pad_token_id=0)
   np.testing.assert_array_equal(said, expected[:, SLOTS:])
-  assert len(np.unique(said)) > 4
+  assert len(np.unique(said)) > 2
 
 
 def check_files(reference: Reference, tmp_path) -> None:

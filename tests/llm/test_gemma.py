@@ -5,6 +5,7 @@ Measured: logits below 2e-6, gradients below 7e-6.
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from vlm_jax.core.mask import IntervalMask, causal, window
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.llm import gemma
+from vlm_jax.nn import attention_maps
 
 WINDOW = 4  # of 13 slots
 SECOND = dict(sliding_window=WINDOW, query_pre_attn_scalar=5, attn_logit_softcapping=1.5,
@@ -34,13 +36,13 @@ def their_config(name: str):
   sizes = published.numbers(seed)
   if name == "gemma":
     return transformers.GemmaConfig(**sizes, rope_parameters=published.rope(seed))
-  sizes["num_hidden_layers"] = 3 if name == "gemma2" else 5
+  sizes["num_hidden_layers"] = 3 if name == "gemma2" else 4
   if name == "gemma2":
     return transformers.Gemma2Config(**sizes, **SECOND, rope_parameters=published.rope(seed))
-  kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+  kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
   parameters = {"full_attention": published.rope(seed, rope_type="linear", factor=3.0),
                 "sliding_attention": published.rope(seed + 1)}
-  return transformers.Gemma3TextConfig(**sizes, **THIRD, layer_types=kinds[:5],
+  return transformers.Gemma3TextConfig(**sizes, **THIRD, layer_types=kinds,
                                        rope_parameters=parameters)
 
 
@@ -58,6 +60,7 @@ def test_logits_and_gradients(reference):
   published.check_logits_and_gradients(reference)
 
 
+@pytest.mark.parametrize("reference", ["gemma2", "gemma3_text"], indirect=True)
 def test_greedy_tokens(reference):
   published.check_greedy_tokens(reference)
 
@@ -72,21 +75,43 @@ def test_twins_fail_loudly(reference, monkeypatch):
   wrong = {"norm_eps": 1e-12, "rope_theta": 2 * llm.rope_theta}
   if llm.attention_soft_cap:
     wrong = {"query_scalar": 0.0, "final_soft_cap": 0.0, "attention_soft_cap": 0.0,
-             "global_every": 1, "window - 1": WINDOW - 1, "window + 1": WINDOW + 1}
+             "window - 1": WINDOW - 1, "window + 1": WINDOW + 1}
   if llm.qk_norm:
     wrong = {"local_theta": llm.rope_theta, "rope_factor": 1.0, "qk_norm": "rms"}
   errors = {name: reference.twin(**{name.split()[0]: value}) for name, value in wrong.items()}
-  flat = flatten(reference.params)
-  other = {path: leaf - 1 if path == "norm/scale" else leaf for path, leaf in flat.items()}
-  errors["offset"] = reference.error(reference.run(params=unflatten(other)))
-  scale = lambda config: dataclasses.replace(parts(config), embedding_scale=None)
-  parts = gemma.Model.parts
-  monkeypatch.setattr(gemma.Model, "parts", staticmethod(scale))
-  errors["embedding"] = reference.error(reference.run())
+  if not llm.post_norms:
+    flat, parts = flatten(reference.params), gemma.Model.parts
+    other = {path: leaf - 1 if path == "norm/scale" else leaf for path, leaf in flat.items()}
+    errors["offset"] = reference.error(reference.run(params=unflatten(other)))
+    unscaled = lambda config: dataclasses.replace(parts(config), embedding_scale=None)
+    monkeypatch.setattr(gemma.Model, "parts", staticmethod(unscaled))
+    errors["embedding"] = reference.error(reference.run())
   print({name: f"{error:.1e}" for name, error in errors.items()})
   assert min(errors.values()) > 100 * published.LOGITS, errors
 
 
+@pytest.mark.parametrize("reference", ["gemma2"], indirect=True)
+def test_attention_maps_are_theirs(reference):
+  """Scale, soft cap and window of every layer are in the pictures."""
+  config = FrozenConfigDict(reference.config)
+
+  class Under(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, mask):
+      llm = gemma.Model(config.llm, config.attention, Precision(), name="llm")
+      return llm(llm.embed(tokens), jnp.arange(published.SLOTS)[None], mask).hidden
+
+  params = {"params": {"llm": jax.tree.map(jnp.asarray, reference.params)}}
+  mask = IntervalMask(*(jnp.asarray(field)[None] for field in (
+    causal(published.SLOTS).lo, causal(published.SLOTS).hi)))
+  maps = attention_maps.record(Under().apply, params, reference.tokens[:1], mask, under="llm")
+  theirs = reference.model(torch.tensor(reference.tokens[:1]).long(), output_attentions=True)
+  assert len(maps) == len(theirs.attentions) == 3
+  for ours, expected in zip(maps, theirs.attentions, strict=True):
+    np.testing.assert_allclose(ours, expected.detach().numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("reference", ["gemma"], indirect=True)
 def test_gelu_is_the_approximation(reference):
   """The two kinds differ by 5e-4 at their worst argument; a logit moves by 10 tolerances."""
   assert reference.config.llm.activation == "gelu_tanh"
