@@ -139,7 +139,8 @@ def modules(floor: str) -> list[str]:
 
 FOUND = [("fusion", "fusion"), ("tower", "towers"), ("connector", "connectors"), ("llm", "llm")]
 OFFERS = {
-  "fusion": ("Model", "STAGES", "STREAM", "axes", "fields", "rows", "layout", "losses", "weights"),
+  "fusion": ("Model", "STAGES", "STREAM", "axes", "fields", "rows", "order", "layout", "losses",
+             "weights"),
   "tower": ("Model", "grid"),
   "connector": ("Model", "slots"),
   "llm": ("Model", "KIND", "RUNS", "supports"),

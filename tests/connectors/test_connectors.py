@@ -88,3 +88,14 @@ def test_a_factor_that_does_not_divide_is_refused(name, factor):
   config = get_config(name, factor=factor)
   with pytest.raises(UsageError, match="config.connector.factor"):
     find_connector(config).slots(config.connector, 1, *GRID)
+
+
+def test_a_linear_layer_may_start_at_zero():
+  features = make(get_config("linear"))[0]
+  for initial, silent in (("zeros", True), ("random", False)):
+    config = get_config("linear", initial=initial)
+    model = find_connector(config).Model(config.connector, OUT, Precision())
+    rows, _ = model.init_with_output(jax.random.key(0), features, GRID)
+    assert np.any(rows) != silent
+  with pytest.raises(UsageError, match="config.connector.initial is 'zero'; did you mean 'zeros'"):
+    make(get_config("linear", initial="zero"))

@@ -144,14 +144,14 @@ def test_twins_are_seen(case, field, value):
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3), (3, 1)])
 def test_tiles_are_llava_nexts(grid):
   rows, columns = grid
-  how = images.Decoding(border=(0, 0, 0))
+  how = images.Decoding(border=(0, 0, 0), grids=(grid,))
   made = transformers.LlavaNextImageProcessorPil(
     size={"shortest_edge": 56}, crop_size=56, image_grid_pinpoints=[[56 * rows, 56 * columns]])
   mean, std = np.array(made.image_mean), np.array(made.image_std)
   for label in ("333 x 500", "640 x 427", "4000 x 300", "1 x 1", "7 x 5", "84 x 83"):
     theirs = np.asarray(made(Image.open(io.BytesIO(FILES[label])), return_tensors="np")
                         ["pixel_values"])[0].transpose(0, 2, 3, 1)
-    ours = (images.tiles(FILES[label], 56, grid, how) / 255 - mean) / std
+    ours = (np.stack(images.picture(FILES[label], 56, how).squares) / 255 - mean) / std
     assert ours.shape == theirs.shape == (1 + rows * columns, 56, 56, 3)
     assert levels_off(ours, theirs, std).max() < 1e-3, label
 
@@ -190,7 +190,8 @@ def test_other_spellings(theirs, fields):
 
 @pytest.mark.parametrize("change, sentence", [
   (dict(image_processor_type="CLIPSImageProcessor"), "'CLIPS' cannot be imported; did you mean"),
-  (dict(image_processor_type="LlavaNextImageProcessor"), "'LlavaNext' cannot be imported"),
+  (dict(image_processor_type="LlavaNextImageProcessor"), r"has \[336, 672\], which cannot be cut"),
+  (dict(image_processor_type="Mask2FormerImageProcessor"), "'Mask2Former' cannot be imported"),
   (dict(do_resize=False), "do_resize is False; only True"),
   (dict(rescale_factor=1 / 127.5), "rescale_factor is 0.0078"),
   (dict(resample=9), "resample is 9; known: 0 to 5"),
@@ -205,6 +206,8 @@ def test_what_cannot_be_read_is_named(change, sentence):
 
 
 @pytest.mark.parametrize("fields, sentence", [
+  (dict(grids=((1, 2),)), r"config.data.decode.border is \(255, 255, 255\)"),
+  (dict(grids=((1, 2),), fit="pad"), "config.data.decode.fit is 'pad'"),
   (dict(fit="letterbox"), "config.data.decode.fit is 'letterbox'"),
   (dict(kernel="torch_bicubic"), "config.data.decode.kernel is 'torch_bicubic'"),
   (dict(background=(0, 0, 0)), "config.data.decode.background"),

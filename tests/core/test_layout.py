@@ -101,19 +101,19 @@ def ids(document: Encoded) -> list[int]:
 
 def test_a_document_that_fits_is_itself():
   document = encoded(image(), tokens(1, 2))
-  assert split(document, 5, 3, 1) == [document]
+  assert split(document, 5, lambda image: 3, 1) == [document]
 
 
 def test_long_text_is_cut_into_windows():
   document = encoded(tokens(*range(1, 24)))
-  pieces = split(document, 10, 3, 2)
+  pieces = split(document, 10, lambda image: 3, 2)
   assert [ids(piece) for piece in pieces] == [
     list(range(1, 11)), list(range(11, 21)), list(range(21, 24))]
 
 
 def test_images_and_their_turn_stay_together():
   turns = [(image(turn=t), tokens(10 + t, 20 + t, turn=t)) for t in range(4)]
-  pieces = split(encoded(*(part for turn in turns for part in turn)), 11, 3, 2)
+  pieces = split(encoded(*(part for turn in turns for part in turn)), 11, lambda image: 3, 2)
   assert [length(piece) for piece in pieces] == [10, 10]
   for piece in pieces:
     assert [type(part) for part in piece.parts] == [Pixels, Tokens] * 2
@@ -122,20 +122,20 @@ def test_images_and_their_turn_stay_together():
 
 def test_image_slots_of_a_row_bound_a_piece_too():
   turns = [(image(turn=t), tokens(10 + t, turn=t)) for t in range(3)]
-  pieces = split(encoded(*(part for turn in turns for part in turn)), 100, 3, 1)
+  pieces = split(encoded(*(part for turn in turns for part in turn)), 100, lambda image: 3, 1)
   assert [ids(piece) for piece in pieces] == [[10], [11], [12]]
 
 
 def test_fan_out_repeats_the_trunk():
   branches = [tokens(b, b + 10, branch=b, turn=b) for b in range(1, 6)]
-  pieces = split(encoded(image(), *branches), 7, 3, 1)
+  pieces = split(encoded(image(), *branches), 7, lambda image: 3, 1)
   assert [ids(piece) for piece in pieces] == [[1, 11, 2, 12], [3, 13, 4, 14], [5, 15]]
   assert all(isinstance(piece.parts[0], Pixels) for piece in pieces)
 
 
 def test_an_image_that_cannot_fit_is_bad_data():
-  assert split(encoded(image(), tokens(1, 2)), 2, 3, 1) == []
-  assert split(encoded(image(), image(), tokens(1)), 100, 3, 1) == []
+  assert split(encoded(image(), tokens(1, 2)), 2, lambda image: 3, 1) == []
+  assert split(encoded(image(), image(), tokens(1)), 100, lambda image: 3, 1) == []
 
 
 # fields

@@ -17,7 +17,7 @@ def words():
 
 
 def encode(words, *parts, function=template.encode):
-  return function(Document(parts, "s", "key"), words, lambda image: image.data)
+  return function(Document(parts, "s", "key"), words, lambda image: Pixels(image.data))
 
 
 def golden(encoded, words):
@@ -40,6 +40,16 @@ def test_conversation(words):
   assert golden(encoded, words) == [
     "0 0 <bos>be", "0 image", "0 0 <user>hi", "0 0 <assistant>[y][o][<eos>]",
     "1 0 <user>so", "1 0 <assistant>no<eos>", "2 0 <user>go", "2 0 <assistant>[x][y][<eos>]"]
+
+
+def test_newline_is_paligemmas(words):
+  """<bos> opens the prompt, a line break the answer; it is a token of its own and no prediction."""
+  lines = tokenizer.Tokenizer(words.inner, "newline")
+  encoded = encode(lines, Image(PIXELS), Text("hi", "user"), Text("yo", "assistant", True))
+  assert golden(encoded, lines) == ["0 image", "0 0 <bos>hi", "0 0 \n[y][o][<eos>]"]
+  prompt = encode(lines, Image(PIXELS), Text("hi", "user"), Text("", "assistant"),
+                  function=template.encode_prompt)
+  assert golden(prompt, lines) == ["0 image", "0 0 <bos>hi", "0 0 \n"]
 
 
 def test_fan_out(words):
@@ -114,7 +124,7 @@ def test_split_repeats_the_trunk_and_keeps_pairs(words):
   branches = [part for k in range(1, 7) for part in (
     Text("hi ho", "user", branch=k), Text("y", "assistant", True, k))]
   encoded = encode(words, Image(PIXELS), *branches)
-  pieces = split(encoded, 40, 16, 1)
+  pieces = split(encoded, 40, lambda image: 16, 1)
   assert len(pieces) > 1
   answered = []
   for piece in pieces:
@@ -124,13 +134,13 @@ def test_split_repeats_the_trunk_and_keeps_pairs(words):
     assert not rest[0].loss.any() and rest[1].loss.any()
     answered += [part.branch for part in rest[::2]]
   assert answered == [1, 2, 3, 4, 5, 6]
-  assert split(encoded, 20, 16, 1) == []  # the image and one pair do not fit
-  assert split(encoded, 40, 16, 0) == []
+  assert split(encoded, 20, lambda image: 16, 1) == []  # the image and one pair do not fit
+  assert split(encoded, 40, lambda image: 16, 0) == []
 
 
 def test_split_windows_lose_no_token(words):
   encoded = encode(words, Text("a cat is here " * 30, "text", loss=True))
-  pieces = split(encoded, 17, 16, 1)
+  pieces = split(encoded, 17, lambda image: 16, 1)
   ids = np.concatenate([part.ids for piece in pieces for part in piece.parts])
   assert (ids == encoded.parts[0].ids).all() and all(len(p.parts[0].ids) <= 17 for p in pieces)
 

@@ -62,3 +62,19 @@ def test_errors_name_the_way_out(tmp_path):
     tokenizer.train(["a"], 200)
   with pytest.raises(DataError, match="fewer"):
     tokenizer.train(["a"], 400)
+
+
+def test_a_template_needs_its_tokens(tmp_path):
+  import tokenizers
+
+  path = tmp_path / "tokenizer.json"
+  SMALL.save(path)
+  assert tokenizer.load(path, "newline").user == SMALL.bos
+  with pytest.raises(UsageError, match="config.data.template is 'newlin'; did you mean 'newline'"):
+    tokenizer.load(path, "newlin")
+  words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<image>": 3, "a": 4}
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+  inner.add_special_tokens(list(words)[:4])
+  inner.save(str(path))
+  with pytest.raises(DataError, match="it has no <user>, <assistant>"):
+    tokenizer.load(path)

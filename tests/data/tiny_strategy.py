@@ -10,6 +10,7 @@ from vlm_jax.fusion.prefix_lm import axes as axes
 from vlm_jax.fusion.prefix_lm import fields as fields
 from vlm_jax.fusion.prefix_lm import layout as layout
 from vlm_jax.fusion.prefix_lm import losses as losses
+from vlm_jax.fusion.prefix_lm import order as order
 from vlm_jax.fusion.prefix_lm import rows as rows
 from vlm_jax.fusion.prefix_lm import weights as weights
 

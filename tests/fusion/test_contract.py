@@ -171,7 +171,7 @@ def test_influence_is_the_closure_of_the_mask(variant, made):
 
 
 def picture_document(labels: str) -> Encoded:
-  """The document of a picture's labels: i image, s c d predicted, a b c d in branches.
+  """The document of a picture's labels: i image, n its newline, s c d predicted, a b c d branches.
 
   > is the start of a decoder, which no document contains; branches come one after the other.
   """
@@ -185,6 +185,7 @@ def picture_document(labels: str) -> Encoded:
     if label == "i":
       parts.append(t.pixels(rng))
       index += t.K
+      index += labels[index : index + 1] == "n"
       continue
     predicted = label in "scd"
     parts.append(Tokens(np.array([1], np.int32), np.array([predicted]), branches.get(label, 0)))

@@ -1,5 +1,6 @@
 """Tiny configs, random documents and a loud set of parameters, for every test of a strategy."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vlm_jax.configs import base
 from vlm_jax.core import batch as batches
 from vlm_jax.core.batch import Batch, from_flat
-from vlm_jax.core.document import Encoded, Pixels, Tokens
+from vlm_jax.core.document import Encoded, Pixels, Tiles, Tokens
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout, mask_axes, streams_of
 from vlm_jax.core.tree import flatten, unflatten
@@ -33,6 +34,8 @@ VARIANTS = [
   ("prefix_lm", None, True),
   ("simvlm", None, False),
   ("simvlm", None, True),
+  ("llava_next", "causal", False),
+  ("llava_next", "causal", True),
 ]
 # What a strategy needs of the language model beside the sizes below.
 LLM = {
@@ -52,6 +55,9 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
   config.llm.update(LLM.get(name, {}))
   config.attention.update(block_q=16, block_k=16)
   config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
+  if name == "llava_next":
+    config.data.update(tokens=64, images=12)
+    config.data.decode.grids = ((1, 2),)
   config.data.sources.pairs = base.source(form="fan_out" if fan_out else "conversation")
   config.data.sources.words = base.source()
   return config
@@ -91,9 +97,23 @@ def documents(seed: int, fan_out: bool = False) -> list[Encoded]:
   ]
 
 
+def tiled(document: Encoded) -> Encoded:
+  """Every image of 16 x 16 pixels in two tiles side by side, made of its whole; but for pictures
+  (`test_contract.picture_document`), which are drawn without."""
+  def cut(part):
+    if not isinstance(part, Pixels) or document.key == "picture":
+      return part
+    values = np.stack([part.values[::-1], 255 - part.values])
+    return dataclasses.replace(part, tiles=Tiles(values, (1, 2), (16, 16)))
+
+  return dataclasses.replace(document, parts=tuple(map(cut, document.parts)))
+
+
 def lay_out(documents: list[Encoded], config: ConfigDict, seed: int = 0) -> list[Layout]:
   """The layouts; what a strategy draws for a document depends on its key and the seed."""
   module = find_fusion(config)
+  if config.data.decode.grids:
+    documents = list(map(tiled, documents))
   return [
     module.layout(document, config, np.random.default_rng([seed, *document.key.encode()]))
     for document in documents

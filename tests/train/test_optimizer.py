@@ -108,6 +108,24 @@ def test_groups_first_match_wins(config):
   assert not np.asarray(updates["connector/bias"]).any()
 
 
+def test_a_part_warms_up_slower(config):
+  config.optim.update(schedule="rsqrt", warmup=2, lr=1.0, weight_decay=0.0, clip=0.0)
+  config.optim.warmups = (("tower", 4),)
+  optimizer = make_optimizer(config, ALL, LEAVES)
+  params = noise()
+  state, ones = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+  for step in range(8):
+    updates, state = optimizer.transform.update(ones, state, params)
+    tower, rest = (-float(np.ravel(flatten(updates)[path])[0])
+                   for path in ("tower/layers/mlp/kernel", "llm/norm/scale"))
+    usual = min((step + 1) / 2, (2 / max(step + 1, 2)) ** 0.5)
+    assert rest == pytest.approx(usual, rel=1e-4)
+    assert tower / rest == pytest.approx(min((step + 1) / 4, 1) / min((step + 1) / 2, 1), rel=1e-4)
+  config.optim.warmups = (("towr", 4),)
+  with pytest.raises(UsageError, match="config.optim.warmups: pattern 'towr' matches no"):
+    make_optimizer(config, ALL, LEAVES)
+
+
 def test_decay_by_pattern(config):
   config.optim.update(schedule="constant", warmup=0, lr=1.0, weight_decay=0.5, clip=0.0)
   optimizer = make_optimizer(config, ALL, LEAVES)

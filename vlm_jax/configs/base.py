@@ -84,6 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
       hidden=0,  # width of the hidden layer, 0: the language model's width
       activation="gelu",
       bias=True,
+      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
       init="",
     )
@@ -121,6 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
+      template="marks",  # what opens a turn: "marks" of each role, "newline" (PaliGemma)
     )
   )
   config.data.decode = ConfigDict(
@@ -132,6 +134,7 @@ def get_config(arg: str = "") -> ConfigDict:
       draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
       fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
       shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
+      grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
       kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
     )
   )
@@ -162,6 +165,7 @@ def get_config(arg: str = "") -> ConfigDict:
       decay_pattern=r".*(kernel|embedding)$",  # parameters that weight decay applies to
       clip=1.0,  # global gradient norm, 0: off
       groups=(),  # (pattern, learning rate multiplier), first match wins
+      warmups=(),  # (pattern, steps of a warm-up of its own), first match wins
       frozen=(),  # patterns that never train, e.g. "tower/.*", "llm/layers[:2]/.*"
     )
   )

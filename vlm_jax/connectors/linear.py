@@ -1,13 +1,19 @@
-"""One linear layer from the tower's width to the language model's (LLaVA, arXiv:2304.08485)."""
+"""One linear layer from the tower's width to the language model's (LLaVA, arXiv:2304.08485).
+
+It may start at zero (`config.initial`), so that images are silent at first and the language model
+begins as it was (PaliGemma, arXiv:2407.07726, section 3.1).
+"""
 
 import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import Linear
 
+INITIAL = ("random", "zeros")
 KEYS = (
   ("linear/kernel", "weight", "in"),
   ("linear/bias", "bias", "copy"),
@@ -29,8 +35,12 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(self, features: Array, grid: tuple[int, int]) -> Array:
-    """See the class."""
+    """See the class; an unknown `config.initial` is a UsageError."""
     del grid
+    config = self.config
+    if config.initial not in INITIAL:
+      raise UsageError(f"config.connector.initial is '{config.initial}'; "
+                       f"{nearest(config.initial, INITIAL)}")
     # Named "mlp", not "embed" twice: one array cannot be split over one mesh axis two times.
-    axes = ("embed", "mlp")
-    return Linear((self.width,), axes, self.config.bias, self.precision, name="linear")(features)
+    return Linear((self.width,), ("embed", "mlp"), config.bias, self.precision, config.initial,
+                  name="linear")(features)

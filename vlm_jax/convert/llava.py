@@ -1,8 +1,9 @@
-"""LLaVA checkpoints of Hugging Face: config.json and safetensors, both directions.
+"""LLaVA and LLaVA-NeXT checkpoints of Hugging Face: config.json and safetensors, both directions.
 
 A LLaVA is the strategy `concat` with causal image tokens, tower `vit`, connector `mlp` and any
-published language model (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). Their towers
-are CLIP (class token, pre-norm) or SigLIP (neither); the connector reads hidden state
+published language model (arXiv:2304.08485; the two-layer projector arXiv:2310.03744). A LLaVA-NeXT
+is the strategy `llava_next`, with grids of tiles and a newline besides. Their towers are CLIP
+(class token, pre-norm) or SigLIP (neither); the connector reads hidden state
 `vision_feature_layer` of layers + 1, before any last norm.
 """
 
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import nodes, processor, safetensors_io, table
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion, hf
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
@@ -26,13 +27,18 @@ from vlm_jax.core.typing import Params
 TOWER, CONNECTOR = "vision_tower.vision_model.", "multi_modal_projector."
 LLM, HEAD = "language_model.", "language_model.lm_head.weight"
 SPELLINGS = (
-  (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+  (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
   (r"^vision_tower\.(?!vision_model\.)", TOWER),
   (r"^lm_head\.", LLM + "lm_head."),
   (r"^language_model\.(?!model\.|lm_head\.)", LLM + "model."),
 )
 # Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
+# Their model_type to our strategy.
+STRATEGIES = {"llava": "concat", "llava_next": "llava_next"}
+ARCHITECTURES = {"concat": "LlavaForConditionalGeneration",
+                 "llava_next": "LlavaNextForConditionalGeneration"}
+NEWLINE = (("newline", "image_newline", "copy"),)
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -54,8 +60,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
-  if (pixels := Path(directory) / processor.FILE).exists():
-    read_processor(safetensors_io.read_json(pixels), config)
+  read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config, dtype)
 
@@ -90,7 +95,8 @@ def write(
   """
   kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
   theirs = {**write_config(config, image_token), "dtype": kind.name}
-  pixels = {"processor_class": "LlavaProcessor", **processor.write(config)}
+  of = "LlavaNextProcessor" if config.data.decode.grids else "LlavaProcessor"
+  pixels = {"processor_class": of, **processor.write(config)}
   tensors = table.export(params, entries(config), dtype)
   for name, value in zip(UNREAD, (1, 0), strict=True):
     filler = np.full(config.tower.width, value, kind)
@@ -107,6 +113,7 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("connector/", CONNECTOR, fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
+    ("", "", NEWLINE),
   )
 
 
@@ -130,9 +137,11 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
     UsageError: a setting that our modules do not have; the sentence names it.
   """
   config = config.copy_and_resolve_references()
-  hf.expect(theirs, "model_type", "llava", "llava")
+  kind = theirs.get("model_type", "llava")
+  if kind not in STRATEGIES:
+    raise UsageError(f"config.json: model_type is '{kind}'; {nearest(kind, STRATEGIES)}")
   text, vision = theirs.get("text_config", {}), theirs.get("vision_config", {})
-  config.fusion.name, config.fusion.image_attention = "concat", "causal"
+  config.fusion.name, config.fusion.image_attention = STRATEGIES[kind], "causal"
   config.llm.update(nodes.read(text, "llm", "llama"))
   config.llm.tie_embeddings |= bool(theirs.get("tie_word_embeddings"))
   _check_tower(vision.get("model_type", "clip_vision_model"))
@@ -143,10 +152,21 @@ def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
     raise UsageError("config.json: vision_config.vision_use_head is true; the pooling head is not "
                      "read by a LLaVA, export the checkpoint without it")
   _read_features(theirs, config.tower)
+  pinpoints = theirs.get("image_grid_pinpoints") or processor.PINPOINTS
+  config.data.decode.grids = ()
+  if kind == "llava_next":
+    config.data.decode.update(fit="stretch", border=processor.BLACK, grids=processor.grids(
+      pinpoints, config.tower.image_size))
   config.connector.name, config.connector.hidden = "mlp", config.llm.width
   config.connector.activation = hf.activation(theirs, "projector_hidden_act", "gelu")
   config.connector.bias = theirs.get("multimodal_projector_bias", True)
   return config
+
+
+def _check_tower(kind: str) -> None:
+  if kind not in TOWER_TYPES:
+    raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
+                     f"are {', '.join(TOWER_TYPES)}")
 
 
 def _read_features(theirs: dict, tower: ConfigDict) -> None:
@@ -173,9 +193,13 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   Raises:
     UsageError: the config is not a LLaVA; the sentence names the field.
   """
-  for field, needed in (("fusion.name", "concat"), ("fusion.image_attention", "causal"),
-                        ("connector.name", "mlp"), ("tower.post_norm", False),
-                        ("tower.pool", "none"), ("lora.rank", 0), ("llm.final_soft_cap", 0.0)):
+  strategy = config.fusion.name
+  if strategy not in ARCHITECTURES:
+    raise UsageError(f"config.fusion.name is '{strategy}'; that of a LLaVA checkpoint is "
+                     f"{' or '.join(ARCHITECTURES)}")
+  for field, needed in (("fusion.image_attention", "causal"), ("connector.name", "mlp"),
+                        ("tower.post_norm", False), ("tower.pool", "none"),
+                        ("lora.rank", 0), ("llm.final_soft_cap", 0.0)):
     node, name = field.split(".")
     if config[node][name] != needed:
       raise UsageError(f"config.{field} is {config[node][name]!r}; a LLaVA checkpoint can only say "
@@ -190,8 +214,8 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     raise UsageError(f"config.tower.position_size is {tower.position_size}; in a LLaVA checkpoint "
                      f"it is image_size, {tower.image_size}, for positions are not resized there")
   return {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
+    "architectures": [ARCHITECTURES[strategy]],
+    "model_type": next(kind for kind, name in STRATEGIES.items() if name == strategy),
     "image_token_index": image_token,
     "image_seq_length": (tower.image_size // tower.patch) ** 2,
     "vision_feature_layer": tower.feature_layer,
@@ -202,18 +226,19 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     "text_config": nodes.write(config.llm, "llm") | {
       "max_position_embeddings": config.data.tokens},
     "vision_config": vision,
+    **({"image_grid_pinpoints": processor.pinpoints(config)} if strategy == "llava_next" else {}),
   }
 
 
-def _check_tower(kind: str) -> None:
-  if kind not in TOWER_TYPES:
-    raise UsageError(f"the vision tower's model_type is '{kind}'; the towers of LLaVA checkpoints "
-                     f"are {', '.join(TOWER_TYPES)}")
+def read_processor(directory: str | os.PathLike, config: ConfigDict) -> None:
+  """Sets how the preprocessor_config.json of a checkpoint, if there is one, makes pixels.
 
-
-def read_processor(theirs: dict, config: ConfigDict) -> None:
-  """Sets how their preprocessor_config.json makes pixels of an image; UsageError if it cannot."""
-  tower, decode = processor.read(theirs)
+  Raises:
+    UsageError: it makes other pixels than the tower of `config` sees, or as `processor.read`.
+  """
+  if not (path := Path(directory) / processor.FILE).exists():
+    return
+  tower, decode = processor.read(safetensors_io.read_json(path))
   if tower["image_size"] != config.tower.image_size:
     raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
                      f"tower sees {config.tower.image_size}; they are not of one checkpoint")

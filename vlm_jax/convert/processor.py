@@ -1,18 +1,19 @@
 """preprocessor_config.json of Hugging Face: how an image becomes the pixels that a tower sees.
 
-Four image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
-CLIPImageProcessorFast, CLIPFeatureExtractor); they are three ways of `config.data.decode.fit`:
+Five image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
+CLIPImageProcessorFast, CLIPFeatureExtractor); they are ways of `config.data.decode.fit`:
 
   stretch      SigLIP, SigLIP 2 at one resolution, PaliGemma; any that resizes to a square
   center_crop  CLIP, DINOv2 (Bit): the shorter side, then a cut
   pad          LLaVA-1.5: a square with the mean colour around, then resized
+  stretch      LLaVA-NeXT, and tiles besides (`config.data.decode.grids`)
 
 Their processors on Pillow give the same pixels as ours. Those on torchvision (the default of
 transformers 5, the "Fast" of 4) resize 8-bit pixels in an arithmetic of their own, which is up to 2
 grey levels off, and up to 8 in a few pixels of an image that had nearly the size before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,11 +27,14 @@ CLIP = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 22
         "image_std": (0.26862954, 0.26130258, 0.27577711)}
 SIGLIP = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "resample": 3,
           "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+# Heights and widths that a LLaVA-NeXT's image may be resized to.
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # What a file that leaves something out means.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-  "CLIP": CLIP, "Bit": CLIP, "Llava": CLIP, "Siglip": SIGLIP}
+  "CLIP": CLIP, "Bit": CLIP, "Llava": CLIP, "Siglip": SIGLIP,
+  "LlavaNext": {**CLIP, "image_grid_pinpoints": PINPOINTS}}
 KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
 def _family(theirs: Mapping[str, Any]) -> str:
@@ -79,11 +83,40 @@ def read(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   normal = theirs["do_normalize"]
   mean = tuple(theirs["image_mean"]) if normal else (0.0, 0.0, 0.0)
   std = tuple(theirs["image_std"]) if normal else (1.0, 1.0, 1.0)
-  side, fit = _fit(theirs, family)
+  side, fit = _tiles(theirs) if family == "LlavaNext" else _fit(theirs, family)
   tower = {"image_size": side, "mean": mean, "std": std}
   decode = {"kernel": KERNELS[theirs["resample"]], "background": WHITE, "draft": 0, "shorter": 0,
-            "border": mean_colour(mean) if fit["fit"] == "pad" else WHITE}
+            "grids": (), "border": mean_colour(mean) if fit["fit"] == "pad" else WHITE}
   return tower, decode | fit
+
+
+def _tiles(theirs: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+  """The side of LLaVA-NeXT's squares, and how an image becomes them."""
+  size = theirs["size"]
+  side = size.get("shortest_edge") if isinstance(size, dict) else size
+  side = side or _square(size, "size")
+  if theirs["do_center_crop"] and (cut := _square(theirs["crop_size"], "crop_size")) != side:
+    raise UsageError(f"{FILE}: crop_size is {cut} but size {side}; a tile is not cut")
+  found = grids(theirs["image_grid_pinpoints"], side)
+  return side, {"fit": "stretch", "border": BLACK, "grids": found}
+
+
+def grids(sizes: Iterable, side: int) -> tuple[tuple[int, int], ...]:
+  """(rows, columns) of squares of `side` pixels, of their image_grid_pinpoints in pixels.
+
+  Raises:
+    UsageError: one of them is no number of squares.
+  """
+  for one in sizes:
+    if any(pixels % side for pixels in one):
+      raise UsageError(f"image_grid_pinpoints has {list(one)}, which cannot be cut into tiles of "
+                       f"{side} pixels")
+  return tuple((height // side, width // side) for height, width in sizes)
+
+
+def pinpoints(config: ConfigDict) -> list[list[int]]:
+  """Their image_grid_pinpoints of `config.data.decode.grids`."""
+  return [[side * config.tower.image_size for side in grid] for grid in config.data.decode.grids]
 
 
 def _fit(theirs: Mapping[str, Any], family: str) -> tuple[int, dict[str, Any]]:
@@ -124,7 +157,15 @@ def write(config: ConfigDict) -> dict[str, Any]:
   if tuple(how.background) != WHITE:
     raise wrong("background", WHITE)
   square = {"height": side, "width": side}
-  if how.fit == "stretch":
+  if how.grids:
+    if how.fit != "stretch":
+      raise wrong("fit", "stretch where there are grids")
+    if tuple(how.border) != BLACK:
+      raise wrong("border", f"{BLACK} where there are grids")
+    fit = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True,
+           "do_center_crop": True, "size": {"shortest_edge": side}, "crop_size": square,
+           "image_grid_pinpoints": pinpoints(config)}
+  elif how.fit == "stretch":
     fit = {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": False}
   elif how.fit == "center_crop":
     fit = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,

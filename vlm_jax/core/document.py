@@ -75,11 +75,29 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tiles:
+  """A large image cut up: `values` u8[n,H,W,3] in reading order, n = rows * columns of `grid`.
+
+  `size` is the height and width of the file, which say how much of the grid is border.
+  """
+
+  values: np.ndarray
+  grid: tuple[int, int]
+  size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Pixels:
-  """One decoded and resized image, u8[H,W,3]."""
+  """One decoded image: as a whole, u8[H,W,3], and perhaps also in tiles of the same shape."""
 
   values: np.ndarray
   turn: int = 0
+  tiles: Tiles | None = None
+
+  @property
+  def squares(self) -> list[np.ndarray]:
+    """What the tower sees, u8[H,W,3] each: the whole, then the tiles."""
+    return [self.values, *(self.tiles.values if self.tiles else ())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +115,11 @@ class Encoded:
   def images(self) -> list[np.ndarray]:
     """The pixels of every image, u8[H,W,3] each, in reading order."""
     return [part.values for part in self.parts if isinstance(part, Pixels)]
+
+  @property
+  def squares(self) -> list[np.ndarray]:
+    """What fills the image axis, u8[H,W,3] each: every image, and behind it its tiles."""
+    return [one for part in self.parts if isinstance(part, Pixels) for one in part.squares]
 
   @property
   def branched(self) -> bool:

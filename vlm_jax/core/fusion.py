@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.batch import Batch
-from vlm_jax.core.document import Encoded
+from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.layout import Field, Layout
 from vlm_jax.core.typing import Array
@@ -131,7 +131,10 @@ class Fusion(Protocol):
     """Every array of a batch."""
 
   def rows(self, config: ConfigDict) -> np.ndarray:
-    """i32[K], the feature rows of one image in reading order; K is its number of slots."""
+    """i32[K], the feature rows of one square of the image axis in reading order."""
+
+  def order(self, config: ConfigDict, image: Pixels) -> np.ndarray:
+    """i32[k], the fill of the slots of one image, see `layout.write_slots`; mostly `rows`."""
 
   def layout(self, encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
     """The arrays of one document."""

@@ -6,13 +6,14 @@ of the axis it points into. The packer knows nothing else.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 
 IGNORE = -1  # the fill of a slot that holds a token, not a row of the media table
+LEARNED = -2  # and of one that holds the strategy's learned row, which packing does not move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Slots:
 
   Attributes:
     tokens: i32[T], 0 at image slots.
-    fill: i32[T], row of the media table (features of all images, then learned rows), -1 at tokens.
+    fill: i32[T], row of the media table, IGNORE at tokens, LEARNED at a learned row.
     positions: i32[T] for RoPE; each branch restarts after the trunk.
     targets: i32[T], the next token of the same branch.
     weight: f32[T], 1 where the target is predicted.
@@ -150,25 +151,30 @@ class Slots:
     return len(self.tokens)
 
 
-def write_slots(encoded: Encoded, rows: np.ndarray) -> Slots:
-  """Writes a document out in reading order, every image as its `rows` of the media table.
+def write_slots(encoded: Encoded, rows: np.ndarray,
+                order: Callable[[Pixels], np.ndarray] | None = None) -> Slots:
+  """Writes a document out in reading order, every image as rows of the media table.
 
   Args:
     encoded: the document; images are in the trunk, and the trunk comes before every branch.
-    rows: i32[K], the feature rows of one image in reading order, from the connector's `slots`.
+    rows: i32[K], the feature rows of one square in reading order, from the connector's `slots`.
+    order: the fill i32[k] of an image's slots, counted from the first row of its first square;
+      None: every image is one square and takes its `rows`.
 
   Raises:
     ValueError: a trunk part behind a branch (its tokens could not be causal and shared at once).
   """
   tokens, fill, branch, image, predicted = [], [], [], [], []
-  images = 0
+  images = squares = 0
   last = 0
   for part in encoded.parts:
     if isinstance(part, Pixels):
-      n, number = len(rows), 0
+      filled = rows if order is None else order(part)
+      n, number = len(filled), 0
       images += 1
       tokens.append(np.zeros(n, np.int32))
-      fill.append((rows + (images - 1) * len(rows)).astype(np.int32))
+      fill.append(np.where(filled < 0, filled, filled + squares * len(rows)).astype(np.int32))
+      squares += len(part.squares)
       image.append(np.full(n, images, np.int32))
       predicted.append(np.zeros(n, bool))
     else:
@@ -196,7 +202,8 @@ def write_slots(encoded: Encoded, rows: np.ndarray) -> Slots:
                weight.astype(np.float32), branch, image, predicted)
 
 
-def split(encoded: Encoded, capacity: int, image_slots: int, images: int) -> list[Encoded]:
+def split(encoded: Encoded, capacity: int, image_slots: Callable[[Pixels], int], images: int
+          ) -> list[Encoded]:
   """Cuts a document that is longer than a row, never inside an image or between turn and answer.
 
   Plain text is cut into windows of `capacity` tokens. A document with images is cut between turns,
@@ -206,16 +213,16 @@ def split(encoded: Encoded, capacity: int, image_slots: int, images: int) -> lis
   Args:
     encoded: the document.
     capacity: slots of one row.
-    image_slots: slots of one image.
-    images: image slots of one row.
+    image_slots: how many slots an image takes.
+    images: squares that one row has room for.
 
   Returns:
     The pieces in order; [encoded] itself when it fits; [] when an image (or the images of one turn)
     cannot fit, which makes it bad data.
   """
-  length = lambda part: image_slots if isinstance(part, Pixels) else len(part.ids)
+  length = lambda part: image_slots(part) if isinstance(part, Pixels) else len(part.ids)
   total = lambda parts: sum(map(length, parts))
-  count = lambda parts: sum(isinstance(part, Pixels) for part in parts)
+  count = lambda parts: sum(len(part.squares) for part in parts if isinstance(part, Pixels))
   fits = lambda parts: total(parts) <= capacity and count(parts) <= images
   if fits(encoded.parts):
     return [encoded]

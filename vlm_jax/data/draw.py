@@ -53,7 +53,7 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
       tokens: published ones are padded to a round number.
   """
   path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
-  loaded = tokenizer.load(path)
+  loaded = tokenizer.load(path, config.data.template)
   if loaded.vocab_size > config.llm.vocab_size:
     raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
                      f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "
@@ -62,9 +62,9 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
 
 
 def image_decoder(config: ConfigDict) -> template.DecodeImage:
-  """A function from Image to u8[H,W,3] of the tower's image size, for `template.encode`."""
+  """A function from Image to Pixels of the tower's image size, for `template.encode`."""
   size, how = config.tower.image_size, images.decoding(config)
-  return lambda image: images.square(image.data, size, how)
+  return lambda image: images.picture(image.data, size, how)
 
 
 def open_records(config: ConfigDict, name: str, module: Source, split: str
@@ -199,7 +199,9 @@ class Draw:
     self._tokenizer = load_tokenizer(config)
     self._decode = image_decoder(config)
     self._fusion = find_fusion(config)
-    self._slots = len(self._fusion.rows(config))
+    if config.data.decode.grids and self._augment:
+      raise UsageError(f"config.data.sources.{name}.augment changes a picture but not the tiles of "
+                       "config.data.decode.grids; leave one of them empty")
 
   def __reduce__(self):
     return Draw, (self._config, self._name)
@@ -217,12 +219,17 @@ class Draw:
       return Bad(error.reason, self.records.key(index), error.detail)
 
   def _pieces(self, document: Document, rng: np.random.Generator) -> list[Encoded]:
-    decode = lambda image: images.augment(self._decode(image), self._augment, rng)
+    def decode(image: Image) -> Pixels:
+      pixels = self._decode(image)
+      values = images.augment(pixels.values, self._augment, rng)
+      return dataclasses.replace(pixels, values=values)
+
     encoded = template.encode(document, self._tokenizer, decode)
     data = self._config.data
     # A document with images is only cut when it must be: every piece costs its images again.
     capacity = data.tokens if encoded.images else min(data.window or data.tokens, data.tokens)
-    pieces = split(encoded, capacity, self._slots, data.images)
+    slots = lambda image: len(self._fusion.order(self._config, image))
+    pieces = split(encoded, capacity, slots, data.images)
     pieces = [piece for piece in pieces if _teaches(piece)]
     if not pieces:
       raise BadExample("does_not_fit", document.key)

@@ -24,6 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlm_jax.core.document import Pixels, Tiles
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.data.bad import BadExample
 
@@ -65,6 +66,7 @@ class Decoding:
     fit: how an image becomes a square, one of `FITS`.
     shorter: center_crop: what the shorter side becomes before the cut, 0: the side of the square.
     kernel: how it is resized, one of `KERNELS`.
+    grids: (rows, columns) of squares, into one of which an image is cut besides; (): none.
   """
 
   max_pixels: int = 64 * 1024 * 1024
@@ -75,6 +77,7 @@ class Decoding:
   fit: str = "stretch"
   shorter: int = 0
   kernel: str = "bicubic"
+  grids: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self):
     """Raises a UsageError that names the field when a value cannot be."""
@@ -95,6 +98,8 @@ class Decoding:
       raise wrong("draft", "use 0 (decode everything) or how often the target must fit, at least 1")
     if self.fit not in FITS:
       raise wrong("fit", nearest(self.fit, FITS))
+    if any(len(grid) != 2 or not all(whole(side, 1, 64) for side in grid) for grid in self.grids):
+      raise wrong("grids", "use pairs (rows, columns), as in ((1, 2), (2, 1))")
     if self.kernel not in KERNELS:
       raise wrong("kernel", nearest(self.kernel, KERNELS))
 
@@ -102,7 +107,8 @@ class Decoding:
 def decoding(config: ConfigDict) -> Decoding:
   """`config.data.decode`, checked; a UsageError names the field that cannot be."""
   fields = dict(config.data.decode)
-  return Decoding(**fields | {name: tuple(fields[name]) for name in COLOURS})
+  fields |= {name: tuple(fields[name]) for name in COLOURS}
+  return Decoding(**fields | {"grids": tuple(map(tuple, fields["grids"]))})
 
 
 def read(path: str) -> bytes:
@@ -122,6 +128,21 @@ def square(data: bytes | np.ndarray, size: int, how: Decoding) -> np.ndarray:
   """
   image = Image.fromarray(data) if isinstance(data, np.ndarray) else _open(data, how, size)
   return np.array(FITS[how.fit](image, size, how), np.uint8)
+
+
+def picture(data: bytes | np.ndarray, size: int, how: Decoding) -> Pixels:
+  """An image file (or pixels u8[H,W,3]) as the tower sees it, in tiles too if `how` has grids.
+
+  Raises:
+    BadExample: as in `decode`.
+  """
+  if not how.grids:
+    return Pixels(square(data, size, how))
+  image = Image.fromarray(data) if isinstance(data, np.ndarray) else _open(data, how, 0)
+  shape = image.height, image.width
+  grid = choose_grid(shape, size, how.grids)
+  whole = np.array(FITS[how.fit](image, size, how), np.uint8)
+  return Pixels(whole, tiles=Tiles(cut(image, size, grid, how), grid, shape))
 
 
 def decode(data: bytes, how: Decoding | None = None) -> np.ndarray:
@@ -266,19 +287,34 @@ FITS: Mapping[str, Callable[[Image.Image, int, Decoding], Image.Image]] = {
 }
 
 
-def tiles(
-  data: bytes | np.ndarray, size: int, grid: tuple[int, int], how: Decoding
-) -> np.ndarray:
-  """An image as squares, u8[1 + rows * columns, size, size, 3]: stretched, then cut (LLaVA-NeXT).
+def choose_grid(shape: tuple[int, int], size: int, grids: Sequence[tuple[int, int]]
+                ) -> tuple[int, int]:
+  """The grid (rows, columns) of squares that an image fits best (LLaVA-NeXT's AnyRes).
 
-  The whole image stretched to one square comes first. Then it is resized in proportion to fit
-  `grid` (rows, columns) of squares, the shorter side rounded up, centred on the border and cut in
-  reading order (llava-vl.github.io/blog/2024-01-30-llava-next).
+  That in which most of its own pixels are kept, then that with the least border, then the first.
 
-  Raises:
-    BadExample: as in `decode`.
+  Args:
+    shape: height and width of the image.
+    size: side of a square.
+    grids: to choose from.
   """
-  image = Image.fromarray(data) if isinstance(data, np.ndarray) else _open(data, how, 0)
+  height, width = shape
+
+  def rank(grid: tuple[int, int]) -> tuple[int, int]:
+    down, across = grid[0] * size, grid[1] * size
+    scale = min(across / width, down / height)
+    kept = min(int(width * scale) * int(height * scale), width * height)
+    return kept, kept - down * across
+
+  return max(grids, key=rank)
+
+
+def cut(image: Image.Image, size: int, grid: tuple[int, int], how: Decoding) -> np.ndarray:
+  """An image as a grid of squares, u8[rows * columns, size, size, 3] in reading order (LLaVA-NeXT).
+
+  It is resized in proportion to fit `grid` (rows, columns) of squares, the shorter side rounded up,
+  and centred on the border (llava-vl.github.io/blog/2024-01-30-llava-next).
+  """
   rows, columns = grid
   width, height = image.size
   across, down = columns * size, rows * size
@@ -290,8 +326,7 @@ def tiles(
   canvas.paste(resize(image, fitted, how.kernel),
                ((across - fitted[0]) // 2, (down - fitted[1]) // 2))
   cells = np.asarray(canvas).reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-  whole = np.asarray(stretch(image, size, how))
-  return np.concatenate([whole[None], cells.reshape(rows * columns, size, size, 3)])
+  return cells.reshape(rows * columns, size, size, 3)
 
 
 # Augmentations: (u8[H,W,3], generator) -> u8[H,W,3] of the same size; each draws a fixed number of

@@ -5,12 +5,14 @@
     system     <bos> instruction
     text       <bos> page <eos>
 
-Marks that open a turn are never predicted; the text and the closing <eos> are when `Text.loss` says
-so. A text that `continues` one before an image has neither mark nor <eos> between them. Every piece
-is tokenised alone and its loss written at once, so the spans are exact: nothing is tokenised twice
-and counted.
+That is the template "marks"; what opens a user's and an assistant's turn is the tokenizer's to say
+(`config.data.template`). Marks that open a turn are never predicted; the text and the closing <eos>
+are when `Text.loss` says so. A text that `continues` one before an image has neither mark nor <eos>
+between them. Every piece is tokenised alone and its loss written at once, so the spans are exact:
+nothing is tokenised twice and counted.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +21,7 @@ from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text,
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.tokenizer import Tokenizer
 
-DecodeImage = Callable[[Image], np.ndarray]
+DecodeImage = Callable[[Image], Pixels]
 
 
 def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
@@ -28,7 +30,7 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) 
   Args:
     document: parts in reading order, the trunk before the branches.
     tokenizer: gives ids.
-    decode_image: Image to u8[H,W,3], already resized for the tower.
+    decode_image: Image to Pixels, already resized for the tower.
 
   Returns:
     The encoded document. A question, its images and its answer share a turn.
@@ -71,7 +73,7 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
     if parts and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
     if isinstance(part, Image):
-      parts.append(Pixels(decode_image(part), turn))
+      parts.append(dataclasses.replace(decode_image(part), turn=turn))
       answered = False
     else:
       goes_on = bool(following) and following.pop(0).continues

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.errors import DataError, UsageError, nearest
 
 PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
   "<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<image>",
 )
+# What opens a user's and an assistant's turn; PaliGemma (arXiv:2407.07726, section 3.1): the prompt
+# behind <bos>, the answer behind a line break that is no part of either.
+TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n")}
 SMALLEST = len(SPECIALS) + 256  # every byte has a token
 
 
@@ -21,19 +24,30 @@ class Tokenizer:
   Text is always only text: "<eos>" written by a user is five characters, never the special token.
 
   Attributes:
-    pad, bos, eos, user, assistant, image: ids of the special tokens; `pad` is 0.
+    pad, bos, eos, image: ids of the special tokens; `pad` is 0.
+    user, assistant: ids of what opens their turns.
     vocab_size: number of ids.
   """
 
-  def __init__(self, inner: tokenizers.Tokenizer):
-    """Wraps a tokenizer of the `tokenizers` library; a missing special token is a ValueError."""
+  def __init__(self, inner: tokenizers.Tokenizer, template: str = "marks"):
+    """Wraps a tokenizer of the `tokenizers` library; a missing token is a ValueError.
+
+    Args:
+      inner: has the special tokens and what the template opens turns with, each as one token.
+      template: a name of `TEMPLATES`.
+    """
     inner.encode_special_tokens = True
-    ids = [inner.token_to_id(token) for token in SPECIALS]
-    missing = [token for token, number in zip(SPECIALS, ids, strict=True) if number is None]
+    opening = TEMPLATES[template]
+    needed = (PAD, BOS, EOS, IMAGE, *opening)
+    # Byte-level and sentencepiece vocabularies spell a line break differently.
+    ids = [inner.token_to_id(token) if token in SPECIALS else _one(inner, token)
+           for token in needed]
+    missing = [repr(token) if token not in SPECIALS else token
+               for token, number in zip(needed, ids, strict=True) if number is None]
     if missing:
       raise ValueError(f"it has no {', '.join(missing)}")
     self.inner = inner
-    self.pad, self.bos, self.eos, self.user, self.assistant, self.image = ids
+    self.pad, self.bos, self.eos, self.image, self.user, self.assistant = ids
     self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
     self._cached = functools.lru_cache(maxsize=4096)(self._encode)
 
@@ -52,6 +66,12 @@ class Tokenizer:
   def save(self, path: str) -> None:
     """Writes `tokenizer.json`."""
     self.inner.save(str(path))
+
+
+def _one(inner: tokenizers.Tokenizer, text: str) -> int | None:
+  """The id of a text that is one token, else None."""
+  ids = inner.encode(text, add_special_tokens=False).ids
+  return ids[0] if len(ids) == 1 else None
 
 
 def train(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
@@ -79,18 +99,25 @@ def train(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
   return tokenizer
 
 
-def load(path: str) -> Tokenizer:
+def load(path: str, template: str = "marks") -> Tokenizer:
   """Reads `tokenizer.json`.
+
+  Args:
+    path: the file.
+    template: `config.data.template`, a name of `TEMPLATES`.
 
   Raises:
     DataError: the file is missing, not a tokenizer, or lacks a special token.
+    UsageError: an unknown template.
   """
   path = str(path)
+  if template not in TEMPLATES:
+    raise UsageError(f"config.data.template is '{template}'; {nearest(template, TEMPLATES)}")
   if not os.path.isfile(path):
     raise DataError(f"{path}: there is no tokenizer; run `vlm-jax data prepare` or set "
                     "config.data.tokenizer to a tokenizer.json")
   try:
-    return Tokenizer(tokenizers.Tokenizer.from_file(path))
+    return Tokenizer(tokenizers.Tokenizer.from_file(path), template)
   except Exception as error:  # the library raises bare Exception for every broken file
     raise DataError(f"{path} is not a usable tokenizer.json ({error}); delete it and run "
                     "`vlm-jax data prepare`, or set config.data.tokenizer to another") from error

@@ -35,7 +35,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch, Stream
-from vlm_jax.core.document import Encoded
+from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Cache, Output, Stage, find_connector, find_llm, find_tower
 from vlm_jax.core.layout import Field, Layout, Slots, image_fields, stream_fields, write_slots
@@ -82,6 +82,18 @@ def rows(config: ConfigDict) -> np.ndarray:
   return slots
 
 
+def order(config: ConfigDict, image: Pixels) -> np.ndarray:
+  """i32[K], the fill of one image's slots: its rows.
+
+  Raises:
+    UsageError: an image in tiles.
+  """
+  if image.tiles:
+    raise UsageError(f"config.data.decode.grids cuts images into tiles, which config.fusion.name "
+                     f"'{config.fusion.name}' does not read; set it to () or use 'llava_next'")
+  return rows(config)
+
+
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
   """Writes the document out in reading order under the mask of `image_attention`.
 
@@ -89,7 +101,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     UsageError: an unknown image_attention or source, or a fan-out document without its form.
   """
   del rng  # nothing here is random
-  slots = write_slots(encoded, rows(config))
+  slots = write_slots(encoded, rows(config), lambda image: order(config, image))
   attends = config.fusion.image_attention
   if attends not in IMAGE_ATTENTION:
     raise UsageError(f"config.fusion.image_attention is '{attends}'; "
@@ -119,7 +131,7 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
     UsageError: a source that the config does not have, or branches without a "fan_out" source.
     ValueError: a mask that already uses its classes, and branches.
   """
-  length, images = len(slots), encoded.images
+  length, images = len(slots), encoded.squares
   text, mask_path = f"streams/{STREAM}", f"masks/{STREAM}"
   arrays = {
     f"{text}/tokens": slots.tokens,
@@ -145,7 +157,7 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
 
 def image_arrays(encoded: Encoded, config: ConfigDict) -> dict[str, np.ndarray]:
   """The arrays of the media axis "images"."""
-  images, side = encoded.images, config.tower.image_size
+  images, side = encoded.squares, config.tower.image_size
   values = np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
   return {"media/images/values": values,
           "media/images/segment_ids": np.ones(len(images), np.int32)}

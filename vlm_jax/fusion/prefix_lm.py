@@ -39,11 +39,23 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.document import Encoded
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Stage
 from vlm_jax.core.layout import Layout, Slots, write_slots
-from vlm_jax.fusion.concat import STREAM, Model, assemble, axes, fields, losses, rows, weights
+from vlm_jax.fusion.concat import (
+  STREAM,
+  Model,
+  assemble,
+  axes,
+  fields,
+  losses,
+  order,
+  rows,
+  weights,
+)
 
-__all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "rows", "weights"]
+__all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order", "rows",
+           "weights"]
 
 STAGES = (Stage("all", (".*",)),)  # trained from scratch, in one stage
 
@@ -52,14 +64,19 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   """Lets the prefix see itself, and predicts nothing inside it.
 
   Raises:
-    UsageError: as `concat.layout`.
+    UsageError: as `concat.layout`, or a prefix that a local layer could not see whole.
   """
-  slots = write_slots(encoded, rows(config))
+  slots = write_slots(encoded, rows(config), lambda image: order(config, image))
   length = len(slots)
   if _plain(slots):
     ends = np.where(np.arange(length) < (cut := int(rng.integers(0, length))), cut, 0)
   else:
     ends = prefix_ends(slots)
+  window = config.llm.window if config.llm.global_every > 1 else 0
+  if 0 < window < (prefix := int(ends.max(initial=0))):
+    raise UsageError(f"document {encoded.key} has a prefix of {prefix} slots, which sees itself "
+                     f"whole, but local layers see config.llm.window = {window} slots back; set it "
+                     "to 0, or shorten the document")
   # A target inside the prefix has been seen by the slot that predicts it.
   seen = ends > np.arange(length) + 1
   slots = dataclasses.replace(slots, weight=np.where(seen, 0, slots.weight).astype(np.float32))

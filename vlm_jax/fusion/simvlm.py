@@ -68,6 +68,7 @@ from vlm_jax.core.layout import (
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
 from vlm_jax.fusion import concat
+from vlm_jax.fusion.concat import order
 from vlm_jax.fusion.prefix_lm import prefix_ends
 from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.relative import GridBias
@@ -122,7 +123,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
       tokens than there are slots or positions.
   """
   places = rows(config)
-  slots = write_slots(encoded, places)
+  slots = write_slots(encoded, places, lambda image: order(config, image))
   suffix = np.arange(len(slots)) >= cuts(slots, rng)
   read, written = encoder_slots(slots, suffix), decoder_slots(slots, suffix)
   _check(encoded, read, written, config)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as PIL
 
-from vlm_jax.core.document import Document, Image, Text
+from vlm_jax.core.document import Document, Image, Pixels, Text
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
@@ -93,7 +93,8 @@ def answer(
     "log_prob": float(np.asarray(said.log_probs)[0, 0].sum()),
     "stopped": bool(said.stopped[0, 0]),
     "prompt_tokens": slots(laid_out[0]),
-    "image_tokens": len(pictures) * len(module.rows(config)),
+    "image_tokens": sum(len(module.order(config, part)) for part in encoded.parts
+                        if isinstance(part, Pixels)),
     "seconds": time.perf_counter() - start,
   }
 
@@ -192,6 +193,8 @@ def _save(picture: PIL.Image, path: str | Path) -> None:
 
 def _read(path: str | Path, decode_image: template.DecodeImage) -> Image:
   try:
-    return Image(decode_image(Image(image_files.read(str(path)))))
+    image = Image(image_files.read(str(path)))
+    decode_image(image)  # to name the file if it cannot be
+    return image
   except BadExample as error:
     raise DataError(f"--image {path}: {REASONS[error.reason]}; choose another file") from error

@@ -97,8 +97,11 @@ def grid(config: ConfigDict) -> tuple[np.ndarray, tuple[int, int]]:
   """i32[K], where in reading order every slot of an image is, and the grid's height and width.
 
   Raises:
-    UsageError: the connector does not keep the grid of the tower.
+    UsageError: the connector does not keep the grid of the tower, or there is one for every tile.
   """
+  if config.data.decode.grids:
+    raise UsageError("--attention-map: config.data.decode.grids cuts pictures into tiles, whose "
+                     "maps are not put together")
   rows = find_fusion(config).rows(config)
   height, width = find_tower(config).grid(config.tower)
   factor = math.isqrt(height * width // len(rows))

@@ -27,12 +27,14 @@ class Linear(nn.Module):
     axes: logical names of the kernel's axes, as many as ins and outs together.
     bias: whether there is a bias.
     precision: dtype of parameters and of the product, and which layers have an adapter.
+    initial: what the kernel starts as, "random" (by its fan-in) or "zeros".
   """
 
   outs: tuple[int, ...]
   axes: tuple[str, ...]
   bias: bool
   precision: Precision
+  initial: str = "random"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -40,7 +42,7 @@ class Linear(nn.Module):
     count = len(self.axes) - len(self.outs)
     ins = x.shape[x.ndim - count :]
     # Fan-in is all input axes together, also for the [H, C, D] kernel behind attention.
-    init = initializers.variance_scaling(
+    init = initializers.zeros if self.initial == "zeros" else initializers.variance_scaling(
       1.0, "fan_in", "truncated_normal", range(count), range(count, len(self.axes))
     )
     kernel = parameter(

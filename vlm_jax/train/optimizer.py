@@ -89,7 +89,8 @@ def make_optimizer(config: ConfigDict, stages: tuple[Stage, ...],
   schedule = make_schedule(config)
 
   decay = _match((optim.decay_pattern,), leaves, "config.optim.decay_pattern")
-  rates = _rates(optim.groups, leaves)
+  rates = _spread_over(optim.groups, leaves, "config.optim.groups", 1.0)
+  warmups = _spread_over(optim.warmups, leaves, "config.optim.warmups", optim.warmup)
   scaled = {path: rate for path, rate in rates.items() if path in trainable and np.any(rate != 1)}
   decayed = {path: _spread(choice, leaves[path]) for path, choice in decay.items()
              if path in trainable}
@@ -114,6 +115,7 @@ def make_optimizer(config: ConfigDict, stages: tuple[Stage, ...],
     optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     optax.stateless(add_decay),
     optax.stateless(scale),
+    *([_warm_up(warmups, optim.warmup)] if warmups else []),
     optax.scale_by_learning_rate(schedule),
   )
   return Optimizer(transform, trainable, schedule)
@@ -175,13 +177,32 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   return result
 
 
-def _rates(groups: Iterable, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
-  """Path to learning-rate multiplier, f64[] or f64[L,1,..]; the first group that matches wins."""
-  rates = {}
-  for pattern, rate in reversed(tuple(groups)):
-    for path, choice in _match((pattern,), leaves, "config.optim.groups").items():
-      rates[path] = np.where(_spread(choice, leaves[path]), float(rate), rates.get(path, 1.0))
-  return rates
+def _spread_over(groups: Iterable, leaves: dict[str, Leaf], field: str,
+                 default: float) -> dict[str, np.ndarray]:
+  """Path to the number of the first (pattern, number) that matches, f64[] or f64[L,1,..]."""
+  found = {}
+  for pattern, number in reversed(tuple(groups)):
+    for path, choice in _match((pattern,), leaves, field).items():
+      found[path] = np.where(_spread(choice, leaves[path]), float(number),
+                             found.get(path, default))
+  return found
+
+
+def _warm_up(warmups: dict[str, np.ndarray], usual: int) -> optax.GradientTransformation:
+  """Puts warm-ups of `warmups[path]` steps in the place of the one that the schedule has."""
+  ramp = lambda step, steps: jnp.minimum((step + 1) / np.maximum(steps, 1), 1.0)
+
+  def update(updates: Params, state: optax.ScaleByScheduleState, params: Params | None = None):
+    del params
+    step = state.count
+    changed = {
+      path: change * (ramp(step, warmups[path]) / ramp(step, usual)).astype(change.dtype)
+      if path in warmups else change for path, change in flatten(updates).items()
+    }
+    return unflatten(changed), optax.ScaleByScheduleState(optax.safe_increment(step))
+
+  init = lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+  return optax.GradientTransformation(init, update)
 
 
 def _spread(choice: np.ndarray, leaf: Leaf) -> np.ndarray:

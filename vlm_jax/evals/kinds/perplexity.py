@@ -26,7 +26,7 @@ def windows(config: ConfigDict, opened: Split) -> list[tuple[str, Layout]]:
   the same tokens.
   """
   data, module = config.data, find_fusion(config)
-  slots = len(module.rows(config))
+  slots = lambda image: len(module.order(config, image))
 
   def encode(document: Document) -> list[Encoded]:
     encoded = template.encode(document, opened.tokenizer, opened.decode_image)
