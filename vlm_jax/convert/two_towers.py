@@ -52,9 +52,8 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
-  pixels = Path(directory) / processor.FILE
-  if pixels.exists() and theirs["model_type"] != "siglip2":  # whose grids vary, ours do not
-    read_processor(safetensors_io.read_json(pixels), config)
+  if theirs["model_type"] != "siglip2":  # whose grids vary, ours do not
+    read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config)
 
