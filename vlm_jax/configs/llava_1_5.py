@@ -99,9 +99,10 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.tower.update(image_size=64, patch=16, width=48, depth=3, mlp=96, heads=3, remat="none")
   config.llm.update(vocab_size=1024, width=64, depth=2, mlp=128, heads=4, kv_heads=4, head_dim=16,
                     remat="none")
-  config.data.update(rows=8, tokens=192)
+  config.data.update(rows=8, tokens=192, window=32)
   del config.data.sources.llava, config.evals.llava
   config.data.sources.easy_vqa = base.source(name="easy_vqa", form="single")
+  config.data.sources.text = base.source(name="pydoc")  # from which the tokenizer learns enough
   config.evals.easy_vqa = base.evaluation(
     kind="vqa", source="easy_vqa", split="test", limit=8)
   config.optim.update(lr=2e-3, warmup=5)
