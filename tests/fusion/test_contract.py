@@ -313,7 +313,7 @@ def test_accumulation_is_one_big_batch(variant, made):
 
 
 @pytest.mark.parametrize(
-  "meshes, oks", [((), 3), pytest.param(("--all",), 12, marks=pytest.mark.long)], ids=["one", "all"]
+  "meshes, oks", [((), 4), pytest.param(("--all",), 16, marks=pytest.mark.long)], ids=["one", "all"]
 )
 def test_eight_devices_are_one(meshes, oks):
   script = Path(__file__).with_name("eight_devices.py")

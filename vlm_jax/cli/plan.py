@@ -46,8 +46,9 @@ def make(config: ConfigDict) -> dict[str, Any]:
 
   Returns:
     "modules" {name: {"parameters", "trainable", "bytes"}} with bytes of parameters and optimiser,
-    "batch" {path: [dtype, shape]}, "image_slots" (slots of one image), "data" (see `measure`)
-    or the reason why there is none, "flops" of one step, "attention" (see `kernels`).
+    "batch" {path: [dtype, shape]}, "image_slots" (slots of one square of the image axis), "tiled"
+    (whether an image may be several squares), "data" (see `measure`) or the reason why there is
+    none, "flops" of one step, "attention" (see `kernels`).
   """
   from vlm_jax.core.fusion import find_fusion
   from vlm_jax.core.mesh import make_mesh
@@ -67,6 +68,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     "modules": modules(leaves, moved),
     "batch": {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in batch.items()},
     "image_slots": len(module.rows(config)),
+    "tiled": bool(config.data.decode.grids),
     "data": data,
     "flops": flops(Work(config, leaves, batch), data),
     "attention": kernels(config),
@@ -183,7 +185,8 @@ def render(plan: dict[str, Any]) -> str:
   lines += ["", "batch of one step"]
   lines += [f"  {path:<36}{dtype}[{', '.join(map(str, shape))}]"
             for path, (dtype, shape) in plan["batch"].items()]
-  lines += ["", f"an image takes {plan['image_slots']} slots"]
+  what = "the whole of an image, and each of its tiles," if plan["tiled"] else "an image"
+  lines += ["", f"{what} takes {plan['image_slots']} slots"]
   data = plan["data"]
   if isinstance(data, dict):
     for name, tokens in data["tokens"].items():

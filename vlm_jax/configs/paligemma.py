@@ -99,7 +99,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.tower.update(image_size=64, patch=16, width=48, depth=2, mlp=96, heads=3, remat="none")
   config.llm.update(vocab_size=1024, width=64, depth=2, mlp=128, heads=4, head_dim=16, kv_heads=1,
                     query_scalar=16.0 if config.llm.query_scalar else 0.0, remat="none")
-  config.data.update(rows=8, tokens=64, window=0)
+  config.data.update(rows=8, tokens=64, window=32)
+  config.data.sources.text = base.source(name="pydoc")  # from which the tokenizer learns enough
   config.optim.update(lr=2e-3, warmup=5)
   if config.optim.warmups:
     config.optim.warmups = (("tower", 20),)

@@ -18,7 +18,8 @@ class Stream:
 
   Attributes:
     tokens: i32[B,T].
-    fill: i32[B,T], row of the media table that fills the slot, -1 the token embedding.
+    fill: i32[B,T], row of the media table that fills the slot, -1 the token embedding, -2 a row
+      that the strategy learned.
     positions: i32[B,T] for position embeddings; restart per document.
     segment_ids: i32[B,T], 1.. per document of the row, 0 padding.
     source_ids: i32[B,T], index of the data source.

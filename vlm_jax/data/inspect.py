@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import mask_axes, owners_of, streams_of
+from vlm_jax.core.layout import IGNORE, mask_axes, owners_of, streams_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def written(batch: Flat, path: str, row: int, slots: np.ndarray, tokenizer: Toke
   runs: list[tuple[str, list[int]]] = []
   kinds = kinds_of(batch, stream, row)
   for slot in slots:
-    kind = "image" if fill[slot] >= 0 else kinds[slot]
+    kind = "image" if fill[slot] != IGNORE else kinds[slot]
     if not runs or runs[-1][0] != kind:
       runs.append((kind, []))
     runs[-1][1].append(int(tokens[slot]))
@@ -157,7 +157,7 @@ def kinds_of(batch: Flat, stream: str, row: int) -> list[str]:
   for name, weights in batch.items():
     if name.startswith(f"{path}/loss_weights/"):
       predicted[1:] |= weights[row][:-1] > 0
-  return ["padding" if not segments[i] else "image" if fill[i] >= 0
+  return ["padding" if not segments[i] else "image" if fill[i] != IGNORE
           else "predicted" if predicted[i] else "prompt" for i in range(len(fill))]
 
 

@@ -220,11 +220,13 @@ def budget(run: Run) -> Html:
   weights = {key for row in run.metrics for key in row if key.startswith("weight/")}
   predicted = sum(sum(column(run.metrics, key)[1]) for key in weights)
   predicted /= max(len(column(run.metrics, "loss")[0]), 1)
+  images = min(images, used - predicted)  # of tiles, the border takes no slots
   parts = {"image": images, "prompt": max(used - images - predicted, 0.0), "predicted": predicted,
            "empty": max(capacity - used, 0.0)}
   classes = {name: f"k-{'padding' if name == 'empty' else name}" for name in parts}
+  square = "At most each square of an image" if run.config.data.decode.grids else "An image"
   text = (f"Of the {capacity:,} slots of a step ({run.config.data.rows} rows of "
-          f"{run.config.data.tokens:,}), mean over the logged steps. An image takes {each} slots; "
+          f"{run.config.data.tokens:,}), mean over the logged steps. {square} takes {each} slots; "
           "predicted tokens are those that carry loss.")
   _, empty = column(run.timing, "flops_empty_share")
   if empty:

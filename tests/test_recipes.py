@@ -1,0 +1,75 @@
+"""The recipes of published systems are whole models of the sizes that they name."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vlm_jax.cli import config as recipes
+from vlm_jax.configs import base
+from vlm_jax.convert import llava, processor
+from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find_fusion
+from vlm_jax.data import images
+from vlm_jax.train import state as states
+from vlm_jax.train.optimizer import make_optimizer
+
+
+def moved(config) -> set[str]:
+  """The modules of which something trains."""
+  module = find_fusion(config)
+  _, leaves = states.initializer(module, config)
+  return {path.split("/")[0] for path in make_optimizer(config, module.STAGES, leaves).trainable}
+
+
+@pytest.mark.parametrize("words, trains, rate, rows, steps", [
+  ("pretrain", {"connector"}, 1e-3, 256, 2180),
+  ("finetune,7b", {"connector", "llm"}, 2e-5, 128, 5197),
+])
+def test_stages_of_llava_1_5(words, trains, rate, rows, steps):
+  config = recipes.load(f"configs/llava_1_5.py:{words}")
+  assert moved(config) == trains
+  assert (config.optim.lr, config.data.rows, config.train.steps) == (rate, rows, steps)
+  assert len(find_fusion(config).rows(config)) == 576
+  assert config.optim.warmup == round(0.03 * steps) and config.optim.weight_decay == 0
+
+
+@pytest.mark.parametrize("name", ["llava_1_5", "llava_next"])
+def test_llavas_are_whole_models_and_can_be_written(name):
+  config = recipes.load(f"configs/{name}.py")
+  # 7,063,427,072 with 64 rows more of embedding and head each, and a last norm that nothing reads.
+  total = sum(map(math.prod, llava.shapes(config).values()))
+  newline = config.llm.width if name == "llava_next" else 0
+  assert total == 7_063_427_072 - 2 * 1024 - 2 * 64 * 4096 + newline
+  theirs, pixels = llava.write_config(config, 31_999), processor.write(config)
+  assert theirs["model_type"] == ("llava_next" if newline else "llava")
+  again = llava.read_config(theirs, base.get_config())
+  tower, decode = processor.read(pixels)
+  again.tower.update(tower)
+  again.data.decode.update(decode)
+  same = ("name", "width", "depth", "mlp", "heads", "image_size", "feature_layer", "mean")
+  assert all(again.tower[field] == config.tower[field] for field in same)
+  assert again.data.decode.to_dict() == config.data.decode.to_dict()
+
+
+def test_llava_next_sees_tiles_when_it_is_finetuned():
+  config = recipes.load("configs/llava_next.py")
+  assert moved(config) == {"connector", "llm", "newline", "tower"}
+  assert config.optim.groups == (("tower", 0.1),)
+  pixels = np.zeros((480, 640, 3), np.uint8)
+  picture = images.picture(pixels, config.tower.image_size, images.decoding(config))
+  assert len(picture.squares) == config.data.images == 5
+  assert len(find_fusion(config).order(config, picture)) == 2340 < config.data.tokens
+  first = recipes.load("configs/llava_next.py:pretrain")
+  assert moved(first) == {"connector", "newline"} and not first.data.decode.grids
+
+
+@pytest.mark.parametrize("name", ["llava_1_5", "llava_next"])
+def test_words(name):
+  with pytest.raises(UsageError, match="no argument '7bb'; did you mean '7b'"):
+    recipes.load(f"configs/{name}.py:7bb")
+  with pytest.raises(UsageError, match="asks for pretrain and finetune; use one"):
+    recipes.load(f"configs/{name}.py:pretrain,finetune")
+  for words in ("debug", "13b", "debug,pretrain"):
+    config = recipes.load(f"configs/{name}.py:{words}")
+    assert config.train.steps == 50 or "debug" not in words
