@@ -24,7 +24,6 @@ are the sources, easy-VQA in the place of the web-scale mix. Arguments, joined b
 from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
-from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.llm import gemma
 from vlm_jax.towers import vit
 
@@ -36,12 +35,8 @@ VQA = 443_757 + 214_354  # questions of VQAv2's training and validation splits
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
-  words = list(filter(None, arg.split(",")))
-  known = (*EXAMPLES, *GEMMAS, "transfer", "debug")
-  for word in words:
-    if word not in known:
-      raise UsageError(f"--config: no argument '{word}'; {nearest(word, known)}")
-  side, member = (_one(words, choices, arg) for choices in (tuple(EXAMPLES), GEMMAS))
+  side, member, transfer, debug = base.choose(
+    arg, tuple(EXAMPLES), GEMMAS, ("", "transfer"), ("", "debug"))
   config = base.get_config()
   config.fusion.name = "prefix_lm"
   config.precision.compute = "bfloat16"
@@ -76,21 +71,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train.checkpoint_every = 1000
   if side == "224":
     config.optim.warmups = (("tower", 100_000),)
-  if "transfer" in words:
+  if transfer:
     config.optim.update(lr=1e-5, schedule="cosine", weight_decay=1e-6 if side == "224" else 0.0,
                         decay_pattern=".*", warmups=())
     config.train.steps = 10 * VQA // config.data.rows
     config.optim.warmup = config.train.steps // 20
   config.evals.easy_vqa = base.evaluation(kind="vqa", source="easy_vqa", split="test")
-  return shrink(config) if "debug" in words else config
-
-
-def _one(words: list[str], choices: tuple[str, ...], arg: str) -> str:
-  """The one of the choices that is asked for, or the first."""
-  found = [word for word in words if word in choices]
-  if len(found) > 1:
-    raise UsageError(f"--config: '{arg}' asks for {' and '.join(found)}; use one")
-  return found[0] if found else choices[0]
+  return shrink(config) if debug else config
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
