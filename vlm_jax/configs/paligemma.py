@@ -11,8 +11,8 @@ Nothing is ever frozen. The resolution says the stage (section 3.2):
   2   448 (50 million) and 896 (10 million examples), texts of 512 tokens
   3   "transfer": one task; here VQAv2's rate, decay, clipping and schedule in big_vision
 
-Start a stage with what the one before left (stage 1: with SigLIP's and Gemma's weights). Batch, rate
-and warm-up steps of the stages 1 and 2 are ours, not published ones, and so are the sources,
+Start a stage with what the one before left (stage 1: with SigLIP's and Gemma's weights). Batch,
+rate and warm-up steps of the stages 1 and 2 are ours, not published ones, and so are the sources,
 easy-VQA in the place of the web-scale mix. Arguments, joined by commas:
 
   224, 448, 896                   the resolution (default 224)
