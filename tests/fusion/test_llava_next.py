@@ -16,7 +16,9 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import LEARNED
 from vlm_jax.data import images
+from vlm_jax.data.draw import Draw
 from vlm_jax.fusion import llava_next
+from vlm_jax.generate import maps
 
 SIDE, PATCH = 336, 14
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -106,6 +108,19 @@ def test_what_cannot_be_is_refused():
     made.data.decode.grids = ((1, 2),)
     with pytest.raises(UsageError, match=f"grids cuts images into tiles, which .* '{name}' does"):
       t.lay_out([document], made)
+
+
+def test_what_does_not_know_tiles_refuses_them():
+  made = t.get_config("llava_next", "causal")
+  with pytest.raises(UsageError, match="--attention-map: config.data.decode.grids cuts pictures"):
+    maps.check(made, 1, ())
+  made.data.sources.pairs.augment = ("flip",)
+  with pytest.raises(UsageError, match="config.data.sources.pairs.augment changes a picture but"):
+    Draw(made, "pairs")
+  for grids in (((1,),), ((0, 2),), ((1, 2, 3),)):
+    made.data.decode.grids = grids
+    with pytest.raises(UsageError, match="config.data.decode.grids is .*; use pairs"):
+      images.decoding(made)
 
 
 def test_tiles_fill_the_image_axis_and_the_newline_does_not_move():

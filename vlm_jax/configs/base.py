@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from vlm_jax.core.errors import UsageError, nearest
+
 
 def source(**overrides) -> ConfigDict:
   """One data source of the mix.
@@ -217,6 +219,30 @@ def _llm() -> ConfigDict:
       init="",
     )
   )
+
+
+def choose(arg: str, *groups: tuple[str, ...]) -> list[str]:
+  """What the words of a recipe's argument, joined by commas, choose: one word of every group.
+
+  Args:
+    arg: of `get_config`.
+    groups: words that exclude one another, the first of which is chosen where none is asked for.
+
+  Raises:
+    UsageError: a word of no group, or two of one.
+  """
+  words = list(filter(None, arg.split(",")))
+  for word in words:
+    known = [one for group in groups for one in group if one]
+    if word not in known:
+      raise UsageError(f"--config: no argument '{word}'; {nearest(word, known)}")
+  chosen = []
+  for group in groups:
+    found = [word for word in words if word in group]
+    if len(found) > 1:
+      raise UsageError(f"--config: '{arg}' asks for {' and '.join(found)}; use one")
+    chosen.append(found[0] if found else group[0])
+  return chosen
 
 
 def evaluation(**overrides) -> ConfigDict:

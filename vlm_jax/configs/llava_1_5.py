@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
 from vlm_jax.convert.processor import mean_colour
-from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.llm import llama
 from vlm_jax.towers import vit
 
@@ -36,12 +35,7 @@ STAGE = {
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
-  words = list(filter(None, arg.split(",")))
-  known = (*LLAMAS, *STAGES, "debug")
-  for word in words:
-    if word not in known:
-      raise UsageError(f"--config: no argument '{word}'; {nearest(word, known)}")
-  member, stage = (_one(words, choices, arg) for choices in (LLAMAS, STAGES))
+  member, stage, debug = base.choose(arg, LLAMAS, STAGES, ("", "debug"))
   config = base.get_config()
   config.fusion.name = "concat"
   config.fusion.image_attention = "causal"
@@ -82,15 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train.log_every = 10
   config.train.checkpoint_every = 500
   config.evals.llava = base.evaluation(kind="perplexity", source="llava", split="validation")
-  return shrink(config) if "debug" in words else config
-
-
-def _one(words: list[str], choices: tuple[str, ...], arg: str) -> str:
-  """The one of the choices that is asked for, or the first."""
-  found = [word for word in words if word in choices]
-  if len(found) > 1:
-    raise UsageError(f"--config: '{arg}' asks for {' and '.join(found)}; use one")
-  return found[0] if found else choices[0]
+  return shrink(config) if debug else config
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

@@ -11,9 +11,9 @@ Nothing is ever frozen. The resolution says the stage (section 3.2):
   2   448 (50 million) and 896 (10 million examples), texts of 512 tokens
   3   "transfer": one task; here VQAv2's rate, decay, clipping and schedule in big_vision
 
-Start a stage with what the one before left (stage 1: with SigLIP's and Gemma's weights). The paper
-names no batch, rate or number of warm-up steps of the stages 1 and 2: those here are ours, and so
-are the sources, easy-VQA in the place of the web-scale mix. Arguments, joined by commas:
+Start a stage with what the one before left (stage 1: with SigLIP's and Gemma's weights). Batch,
+rate and warm-up steps of the stages 1 and 2 are ours, not published ones, and so are the sources,
+easy-VQA in the place of the web-scale mix. Arguments, joined by commas:
 
   224, 448, 896                   the resolution (default 224)
   1-2b, 2-2b, 2-9b, 2-27b         the Gemma (default 1-2b)
@@ -24,7 +24,6 @@ are the sources, easy-VQA in the place of the web-scale mix. Arguments, joined b
 from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
-from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.llm import gemma
 from vlm_jax.towers import vit
 
@@ -36,12 +35,8 @@ VQA = 443_757 + 214_354  # questions of VQAv2's training and validation splits
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
-  words = list(filter(None, arg.split(",")))
-  known = (*EXAMPLES, *GEMMAS, "transfer", "debug")
-  for word in words:
-    if word not in known:
-      raise UsageError(f"--config: no argument '{word}'; {nearest(word, known)}")
-  side, member = (_one(words, choices, arg) for choices in (tuple(EXAMPLES), GEMMAS))
+  side, member, transfer, debug = base.choose(
+    arg, tuple(EXAMPLES), GEMMAS, ("", "transfer"), ("", "debug"))
   config = base.get_config()
   config.fusion.name = "prefix_lm"
   config.precision.compute = "bfloat16"
@@ -76,21 +71,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train.checkpoint_every = 1000
   if side == "224":
     config.optim.warmups = (("tower", 100_000),)
-  if "transfer" in words:
+  if transfer:
     config.optim.update(lr=1e-5, schedule="cosine", weight_decay=1e-6 if side == "224" else 0.0,
                         decay_pattern=".*", warmups=())
     config.train.steps = 10 * VQA // config.data.rows
     config.optim.warmup = config.train.steps // 20
   config.evals.easy_vqa = base.evaluation(kind="vqa", source="easy_vqa", split="test")
-  return shrink(config) if "debug" in words else config
-
-
-def _one(words: list[str], choices: tuple[str, ...], arg: str) -> str:
-  """The one of the choices that is asked for, or the first."""
-  found = [word for word in words if word in choices]
-  if len(found) > 1:
-    raise UsageError(f"--config: '{arg}' asks for {' and '.join(found)}; use one")
-  return found[0] if found else choices[0]
+  return shrink(config) if debug else config
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

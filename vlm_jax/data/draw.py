@@ -194,14 +194,14 @@ class Draw:
     self._config, self._name = config, name
     entry = config.data.sources[name]
     images.check_augmentations(entry.augment, f"config.data.sources.{name}.augment")
+    if config.data.decode.grids and entry.augment:
+      raise UsageError(f"config.data.sources.{name}.augment changes a picture but not the tiles of "
+                       "config.data.decode.grids; leave one of them empty")
     self.records = Records(config, name, entry.split, entry.form, entry.images)
     self._augment = tuple(entry.augment)
     self._tokenizer = load_tokenizer(config)
     self._decode = image_decoder(config)
     self._fusion = find_fusion(config)
-    if config.data.decode.grids and self._augment:
-      raise UsageError(f"config.data.sources.{name}.augment changes a picture but not the tiles of "
-                       "config.data.decode.grids; leave one of them empty")
 
   def __reduce__(self):
     return Draw, (self._config, self._name)
