@@ -29,13 +29,13 @@ from jax.nn import initializers
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import Batch
-from vlm_jax.core.document import Encoded
+from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_llm, find_tower
 from vlm_jax.core.layout import Field, Layout, image_fields, text_fields
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
-from vlm_jax.fusion.concat import source_id
+from vlm_jax.fusion.concat import refuse_tiles, source_id
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.ops.contrastive import Pairs, softmax_losses
 from vlm_jax.ops.losses import source_sums
@@ -75,15 +75,28 @@ def rows(config: ConfigDict) -> np.ndarray:
   return np.zeros(0, np.int32)
 
 
+def order(config: ConfigDict, image: Pixels) -> np.ndarray:
+  """i32[0], as `rows`.
+
+  Raises:
+    UsageError: an image in tiles.
+  """
+  refuse_tiles(config, image)
+  return rows(config)
+
+
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
   """The picture and the text of a document; a text that is too long keeps its last token.
 
   Raises:
-    UsageError: several pictures or texts, neither, or a source that the config does not have.
+    UsageError: several pictures or texts, neither, a picture in tiles, or a source that the config
+      does not have.
   """
   del rng  # nothing here is random
-  images = encoded.images
-  texts = [part for part in encoded.parts if hasattr(part, "ids")]
+  images = [part for part in encoded.parts if isinstance(part, Pixels)]
+  texts = [part for part in encoded.parts if isinstance(part, Tokens)]
+  for image in images:
+    refuse_tiles(config, image)
   if len(images) > 1 or len(texts) > 1 or not encoded.parts:
     raise UsageError(f"document {encoded.key} has {len(images)} pictures and {len(texts)} texts; "
                      f"config.fusion.name '{config.fusion.name}' pairs one with one, so set the "
@@ -94,7 +107,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     ids = texts[0].ids
     ids = ids if len(ids) <= length else np.append(ids[: length - 1], ids[-1])
     tokens[: len(ids)] = ids
-  pixels = images[0] if images else np.zeros((side, side, 3), np.uint8)
+  pixels = images[0].values if images else np.zeros((side, side, 3), np.uint8)
   one = lambda value: np.array([value], np.int32)
   arrays = {
     f"documents/{TEXT}/tokens": tokens[None],

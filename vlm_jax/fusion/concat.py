@@ -88,10 +88,15 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   Raises:
     UsageError: an image in tiles.
   """
+  refuse_tiles(config, image)
+  return rows(config)
+
+
+def refuse_tiles(config: ConfigDict, image: Pixels) -> None:
+  """Raises UsageError for an image in tiles."""
   if image.tiles:
     raise UsageError(f"config.data.decode.grids cuts images into tiles, which config.fusion.name "
                      f"'{config.fusion.name}' does not read; set it to () or use 'llava_next'")
-  return rows(config)
 
 
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
