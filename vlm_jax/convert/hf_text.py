@@ -30,7 +30,7 @@ CHAT = (
   "{%- else -%}{{ parts(message['content'], '<user>') }}{%- endif -%}{%- endfor -%}"
   "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
-# Our marks, and under which names of tokenizer_config.json theirs are. Where one token of theirs has
+# Our marks, and under which names of tokenizer_config.json theirs are. Where one of theirs has
 # two roles (CLIP pads with its end), it takes the first of these.
 ROLES = {our.EOS: "eos_token", our.BOS: "bos_token", our.PAD: "pad_token", our.IMAGE: "image_token"}
 # Of the strategies that hold conversations there.

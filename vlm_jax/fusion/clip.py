@@ -29,7 +29,7 @@ from jax.nn import initializers
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import Batch
-from vlm_jax.core.document import Encoded
+from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_llm, find_tower
 from vlm_jax.core.layout import Field, Layout, image_fields, text_fields
@@ -73,6 +73,12 @@ def rows(config: ConfigDict) -> np.ndarray:
   """i32[0]: a picture takes no slot among tokens."""
   del config
   return np.zeros(0, np.int32)
+
+
+def order(config: ConfigDict, image: Pixels) -> np.ndarray:
+  """i32[0], as `rows`."""
+  del image
+  return rows(config)
 
 
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:

@@ -28,6 +28,7 @@ from vlm_jax.fusion.clip import (
   contrast,
   fields,
   layout,
+  order,
   pairs,
   pool_image,
   pool_text,
@@ -39,7 +40,7 @@ from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.ops.contrastive import sigmoid_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses",
-           "rows", "weights"]
+           "order", "rows", "weights"]
 
 # What is neither tower's: ours, theirs, operation (vlm_jax/convert/table.py).
 KEYS = (
