@@ -48,10 +48,15 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
   Raises:
     DiskError: a file cannot be written.
   """
-  tokenizer.save(str(directory / TOKENIZER))
+  inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+  speaks = bool(find_fusion(config).STREAM)
+  if not speaks:  # no chat template writes the ends of a caption there
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f"{our.BOS} $A {our.EOS}",
+      special_tokens=[(our.BOS, tokenizer.bos), (our.EOS, tokenizer.eos)])
+  inner.save(str(directory / TOKENIZER))
   pad, bos, eos, image, user, assistant = our.needed(config.data.template)
   extra = {"image_token": image, "user_token": user, "assistant_token": assistant}
-  speaks = bool(find_fusion(config).STREAM)
   safetensors_io.write_json(directory / "tokenizer_config.json", {
     "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "bos_token": bos,
     "eos_token": eos, "model_max_length": config.data.tokens if speaks else config.llm.positions,
@@ -65,7 +70,8 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
       "do_sample": False})
   if config.fusion.name not in PROCESSORS:
     return
-  (directory / "chat_template.jinja").write_text(CHAT)
+  if config.data.template == "marks":
+    (directory / "chat_template.jinja").write_text(CHAT)
   tower = config.tower
   safetensors_io.write_json(directory / "processor_config.json", {
     "processor_class": PROCESSORS[config.fusion.name], "image_token": our.IMAGE,
