@@ -302,7 +302,7 @@ def test_twins_fail_loudly(one, twin, monkeypatch):
 def test_configs_that_are_no_llava(one):
   theirs = one.model.config.to_dict()
   for change, sentence in (
-    ({"model_type": "llava_next"}, "model_type is 'llava_next'"),
+    ({"model_type": "llava_onevision"}, "model_type is 'llava_onevision'"),
     ({"vision_feature_layer": [-2, -3]}, "one layer can be read"),
     ({"vision_feature_layer": 9}, "there are 4 states"),
     ({"vision_feature_select_strategy": "full"}, "select_strategy is 'full'; only 'default'"),
