@@ -43,7 +43,8 @@ def made(tmp_path_factory):
 
 
 def their_logits(model, config):
-  pixels, ids = parity._document(config)
+  picture, words = parity._document(config, IMAGE).parts
+  pixels, ids = picture.values, words.ids
   slots = (config.tower.image_size // config.tower.patch) ** 2
   tokens = np.concatenate([np.full(slots, IMAGE), ids])[None].astype(np.int64)
   values = (pixels / 255 - np.asarray(config.tower.mean)) / np.asarray(config.tower.std)
@@ -64,7 +65,7 @@ def error(ours, theirs):
 
 def test_logits_in_peft_are_ours(made):
   folder, config, flat = made
-  ours = parity._ours(config, unflatten(flat), *parity._document(config))
+  ours = parity._ours(config, unflatten(flat), parity._document(config, IMAGE))
   base = load_base(folder)
   plain = their_logits(base, config)
   model = peft.PeftModel.from_pretrained(base, folder / "ours").eval()
@@ -75,7 +76,7 @@ def test_logits_in_peft_are_ours(made):
   assert error(ours, plain) > 100 * TOLERANCE  # the twin: without adapters
   merged = their_logits(model.merge_and_unload(), config)
   mine, without = adapters.merge(unflatten(flat), config)
-  assert error(parity._ours(without, mine, *parity._document(config)), merged) < TOLERANCE
+  assert error(parity._ours(without, mine, parity._document(config, IMAGE)), merged) < TOLERANCE
 
 
 def test_adapters_of_peft_are_read(made, tmp_path):
@@ -92,7 +93,7 @@ def test_adapters_of_peft_are_read(made, tmp_path):
   found = adapters.read(tmp_path, config)
   assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
   params = {path: leaf for path, leaf in flat.items() if not is_adapter(path)} | found
-  ours = parity._ours(config, unflatten(params), *parity._document(config))
+  ours = parity._ours(config, unflatten(params), parity._document(config, IMAGE))
   assert error(ours, their_logits(model.eval(), config)) < TOLERANCE
 
 

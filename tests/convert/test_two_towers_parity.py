@@ -232,7 +232,7 @@ def test_twins_fail_loudly(kind, twin, reference):
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_there_and_back(kind, reference, tmp_path):
   one = reference(kind)
-  two_towers.write(tmp_path / "out", one.config, one.params)
+  two_towers.write(tmp_path / "out", one.config, one.params, image_token=0)
   with (safetensors_io.Reader(one.directory) as theirs,
         safetensors_io.Reader(tmp_path / "out") as written):
     names = {name for name in theirs.shapes if not name.endswith("position_ids")}

@@ -5,10 +5,11 @@
   vlm-jax convert RUN --to=peft --out=DIRECTORY
   vlm-jax convert FILE.gguf --from=gguf --out=DIRECTORY
 
-The first reads a LLaVA of Hugging Face: its config.json decides the model, the recipe everything
-else. RUN then holds step 0; `vlm-jax train --workdir=RUN` trains it, `evaluate`, `generate` and
-`predict` use it. The second writes weights, config, processor, tokenizer and chat template as
-transformers loads them, adapters merged; the third only the adapters, as PEFT loads them. The last
+The first reads a LLaVA, LLaVA-NeXT, PaliGemma, CLIP or SigLIP of Hugging Face: its config.json
+decides the model, the recipe everything else. RUN then holds step 0; `vlm-jax train --workdir=RUN`
+trains it, `evaluate` and, where it speaks, `generate` and `predict` use it. The second writes
+weights, config, image processor and tokenizer, of a LLaVA the chat template too, as transformers
+loads them, adapters merged; the third only the adapters of a LLaVA, as PEFT loads them. The last
 writes a Llama of llama.cpp as transformers loads it, with a tokenizer for config.data.tokenizer
 beside it. To start a module alone from weights of another program, set config.tower.init,
 config.connector.init or config.llm.init in a recipe.
@@ -38,8 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--step", type=int, help="with --to: step of the checkpoint (the newest)")
   parser.add_argument("--shard-gb", type=float, default=5.0, help="with --to: largest file (5)")
   parser.add_argument("--check", action="store_true",
-                      help="read everything back and compare it; with --to=hf also the logits, if "
-                           "transformers is installed")
+                      help="read everything back and compare it; with --to=hf also the logits of "
+                           "what speaks, if transformers is installed")
   recipes.argument(parser, required=False)
 
 
@@ -81,10 +82,10 @@ def told(notes: list[str]) -> None:
 
 
 def import_run(args: argparse.Namespace) -> None:
-  """A LLaVA of Hugging Face as step 0 of a run."""
+  """A published system of Hugging Face as step 0 of a run."""
   import numpy as np
 
-  from vlm_jax.convert import hf_text, llava, safetensors_io, table
+  from vlm_jax.convert import files, hf_text, safetensors_io, systems, table
   from vlm_jax.core.tree import flatten
   from vlm_jax.core.writing import new_directory
   from vlm_jax.train import checkpoint_tools
@@ -94,12 +95,12 @@ def import_run(args: argparse.Namespace) -> None:
   recipe = recipes.read(args).copy_and_resolve_references()
   recipe.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
   recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
-  config = llava.read_config(safetensors_io.read_json(source / "config.json"), recipe)
-  tokenizer, new = hf_text.read(source, config.llm.vocab_size)
+  config = systems.read_config(source, recipe)
+  tokenizer, new = hf_text.read(source, config.llm.vocab_size, config.data.template)
   with new_directory(out) as directory:
-    size = sum(np.prod(shape, dtype=np.int64) for shape in llava.shapes(config).values())
+    size = sum(np.prod(shape, dtype=np.int64) for shape in files.shapes(config).values())
     safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
-    config, params = llava.read(source, recipe, dtype)
+    config, params = systems.read(source, recipe, dtype)
     config.precision.param = one_dtype(flatten(params))
     tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
@@ -128,8 +129,9 @@ def one_dtype(flat: dict) -> str:
 
 
 def export_run(args: argparse.Namespace) -> None:
-  """A run as a LLaVA of Hugging Face, or its adapters as PEFT's."""
-  from vlm_jax.convert import adapters, hf_text, llava, parity, table
+  """A run as a published system of Hugging Face, or its adapters as PEFT's."""
+  from vlm_jax.convert import adapters, hf_text, parity, systems, table
+  from vlm_jax.core.fusion import find_fusion
   from vlm_jax.core.writing import new_directory
   from vlm_jax.data.pipeline import load_tokenizer
 
@@ -145,11 +147,15 @@ def export_run(args: argparse.Namespace) -> None:
   tokenizer = load_tokenizer(config)
   checked = ""
   with new_directory(args.out) as directory:
-    llava.write(directory, config, params, tokenizer.image, int(args.shard_gb * 1e9), dtype)
+    systems.writer(config).write(directory, config, params, tokenizer.image,
+                                 int(args.shard_gb * 1e9), dtype)
     hf_text.write(directory, config, tokenizer)
     if args.check:
       checked = f"; {parity.reread(directory, config, params)} arrays read back as they were"
-      if parity.available():
-        error = parity.logits(directory, config, llava.read(directory, config)[1], tokenizer.image)
+      if not find_fusion(config).STREAM:
+        checked += "; it says nothing, so no logits are compared with those of transformers"
+      elif parity.available():
+        back = systems.read(directory, config)[1]
+        error = parity.logits(directory, config, back, tokenizer.image)
         checked += f", logits within {error:.1e} of those of transformers"
   print(f"{args.out}: checkpoint {step}{', adapters merged' if merged else ''}{checked}")

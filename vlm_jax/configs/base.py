@@ -124,7 +124,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
-      template="marks",  # what opens a turn: "marks" of each role, "newline" (PaliGemma)
+      template="marks",  # what opens a turn: "marks", "newline" (PaliGemma), "caption" (CLIP)
     )
   )
   config.data.decode = ConfigDict(

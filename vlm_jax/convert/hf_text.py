@@ -1,7 +1,7 @@
-"""The files beside the weights of a Hugging Face LLaVA that turn a conversation into input_ids.
+"""The files beside the weights of a Hugging Face checkpoint that turn a text into input_ids.
 
-Our template (`data/template.py`) becomes their chat template, our tokenizer their tokenizer.json;
-the processor repeats `<image>` once for every slot of a picture.
+Our tokenizer becomes their tokenizer.json. Of a LLaVA our template (`data/template.py`) becomes
+their chat template, and the processor repeats `<image>` once for every slot of a picture.
 """
 
 import json
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.convert import safetensors_io
 from vlm_jax.core.errors import DataError, UsageError, UserError
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import tokenizer as our
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -29,47 +30,65 @@ CHAT = (
   "{%- else -%}{{ parts(message['content'], '<user>') }}{%- endif -%}{%- endfor -%}"
   "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
-# Our marks, and under which names of tokenizer_config.json theirs are.
-ROLES = {our.PAD: "pad_token", our.BOS: "bos_token", our.EOS: "eos_token", our.IMAGE: "image_token"}
+# Our marks, and under which names of tokenizer_config.json theirs are. Where one of theirs has
+# two roles (CLIP pads with its end), it takes the first of these.
+ROLES = {our.EOS: "eos_token", our.BOS: "bos_token", our.PAD: "pad_token", our.IMAGE: "image_token"}
+# Of the strategies that hold conversations there.
+PROCESSORS = {"concat": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
 
 
 def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-  """Writes tokenizer, chat template, processor and generation defaults.
+  """Writes the tokenizer; of what speaks generation defaults, of a LLaVA chat and processor.
 
   Args:
     directory: exists.
-    config: of the model, a LLaVA.
+    config: of the model.
     tokenizer: the run's.
 
   Raises:
     DiskError: a file cannot be written.
   """
-  tokenizer.save(str(directory / TOKENIZER))
+  inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+  speaks = bool(find_fusion(config).STREAM)
+  if not speaks:  # no chat template writes the ends of a caption there
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f"{our.BOS} $A {our.EOS}",
+      special_tokens=[(our.BOS, tokenizer.bos), (our.EOS, tokenizer.eos)])
+  inner.save(str(directory / TOKENIZER))
+  pad, bos, eos, image, user, assistant = our.needed(config.data.template)
+  extra = {"image_token": image, "user_token": user, "assistant_token": assistant}
   safetensors_io.write_json(directory / "tokenizer_config.json", {
-    "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": our.PAD, "bos_token": our.BOS,
-    "eos_token": our.EOS, "model_max_length": config.data.tokens,
+    "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "bos_token": bos,
+    "eos_token": eos, "model_max_length": config.data.tokens if speaks else config.llm.positions,
     "clean_up_tokenization_spaces": False,
-    "extra_special_tokens": {"image_token": our.IMAGE, "user_token": our.USER,
-                             "assistant_token": our.ASSISTANT},
+    "extra_special_tokens": {name: token for name, token in extra.items()
+                             if token not in (bos, eos) and token in our.SPECIALS},
   })
-  (directory / "chat_template.jinja").write_text(CHAT)
+  if speaks:
+    safetensors_io.write_json(directory / "generation_config.json", {
+      "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad,
+      "do_sample": False})
+  if config.fusion.name not in PROCESSORS:
+    return
+  if config.data.template == "marks":
+    (directory / "chat_template.jinja").write_text(CHAT)
   tower = config.tower
   safetensors_io.write_json(directory / "processor_config.json", {
-    "processor_class": "LlavaProcessor", "image_token": our.IMAGE, "patch_size": tower.patch,
+    "processor_class": PROCESSORS[config.fusion.name], "image_token": our.IMAGE,
+    "patch_size": tower.patch,
     "vision_feature_select_strategy": "default" if tower.class_token else "full",
     "num_additional_image_tokens": int(tower.class_token),
   })
-  safetensors_io.write_json(directory / "generation_config.json", {
-    "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad,
-    "do_sample": False})
 
 
-def read(directory: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[str]]:
+def read(directory: Path, vocab_size: int, template: str = "marks"
+         ) -> tuple[tokenizers.Tokenizer, list[str]]:
   """The tokenizer of a checkpoint with our marks, see `adopt`.
 
   Args:
     directory: of the checkpoint.
     vocab_size: rows of its embedding.
+    template: whose marks it must have, `config.data.template`.
 
   Raises:
     DataError: there is no readable tokenizer.json.
@@ -81,7 +100,7 @@ def read(directory: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[s
       told |= safetensors_io.read_json(directory / name)
   told |= told.get("extra_special_tokens") or {}
   try:
-    return adopt(path.read_text(), told, vocab_size)
+    return adopt(path.read_text(), told, vocab_size, template)
   except UserError:
     raise
   except Exception as error:  # the library raises bare Exception for every broken file
@@ -89,7 +108,8 @@ def read(directory: Path, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[s
                     "there") from error
 
 
-def adopt(text: str, told: dict, vocab_size: int) -> tuple[tokenizers.Tokenizer, list[str]]:
+def adopt(text: str, told: dict, vocab_size: int, template: str = "marks"
+          ) -> tuple[tokenizers.Tokenizer, list[str]]:
   """A tokenizer with our marks among its special tokens.
 
   Theirs that mean the same take our names. Marks that they have no token for become new tokens in
@@ -100,6 +120,7 @@ def adopt(text: str, told: dict, vocab_size: int) -> tuple[tokenizers.Tokenizer,
     text: of a tokenizer.json.
     told: the special tokens of tokenizer_config.json, by `ROLES`.
     vocab_size: rows of the embedding.
+    template: whose marks it must have.
 
   Returns:
     The tokenizer, and a line for every mark that the model has yet to learn.
@@ -112,7 +133,8 @@ def adopt(text: str, told: dict, vocab_size: int) -> tuple[tokenizers.Tokenizer,
               if token["special"]]
   names = {token: mark for token, mark in _names(told).items() if token in specials}
   have, notes = {names.get(token, token) for token in specials}, []
-  missing = [mark for mark in our.SPECIALS if mark not in have]
+  marks = our.needed(template)
+  missing = [mark for mark in our.SPECIALS if mark in marks and mark not in have]
   used = max([*content["model"]["vocab"].values(), *map(_row, content["added_tokens"])]) + 1
   spare = [token for token in specials if token not in names and token not in our.SPECIALS]
   for mark in missing:

@@ -10,16 +10,13 @@ is the strategy `llava_next`, with grids of tiles and a newline besides. Their t
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax.core import meta
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import nodes, processor, safetensors_io, table
-from vlm_jax.core import batch as batches
+from vlm_jax.convert import files, nodes, processor, safetensors_io, table
+from vlm_jax.convert.files import shapes
 from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
 # One system, three spellings: files written by transformers 4, the names in memory of transformers
@@ -36,6 +33,7 @@ SPELLINGS = (
 UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
 # Their model_type to our strategy.
 STRATEGIES = {"llava": "concat", "llava_next": "llava_next"}
+MODEL_TYPES, FUSIONS = tuple(STRATEGIES), tuple(STRATEGIES.values())
 ARCHITECTURES = {"concat": "LlavaForConditionalGeneration",
                  "llava_next": "LlavaNextForConditionalGeneration"}
 NEWLINE = (("newline", "image_newline", "copy"),)
@@ -60,7 +58,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
-  read_processor(directory, config)
+  files.read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config, dtype)
 
@@ -93,7 +91,7 @@ def write(
     UsageError: the directory holds a checkpoint, or the config is not a LLaVA.
     DiskError: it cannot be written.
   """
-  kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
+  kind = files.dtype_of(params, dtype)
   theirs = {**write_config(config, image_token), "dtype": kind.name}
   of = "LlavaNextProcessor" if config.data.decode.grids else "LlavaProcessor"
   pixels = {"processor_class": of, **processor.write(config)}
@@ -101,10 +99,7 @@ def write(
   for name, value in zip(UNREAD, (1, 0), strict=True):
     filler = np.full(config.tower.width, value, kind)
     tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
-  directory = safetensors_io.new_directory(directory)
-  safetensors_io.write(directory, tensors, shard_bytes)
-  safetensors_io.write_json(directory / processor.FILE, pixels)
-  safetensors_io.write_json(directory / "config.json", theirs)
+  files.write(directory, tensors, theirs, pixels, shard_bytes)
 
 
 def parts(config: ConfigDict) -> tuple[table.Part, ...]:
@@ -120,14 +115,6 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
 def entries(config: ConfigDict) -> list[table.Entry]:
   """Every tensor of the checkpoint of `config`'s model."""
   return table.entries(parts(config), shapes(config))
-
-
-def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-  """Path to shape of every parameter of `config`'s model; makes none."""
-  module = fusion.find_fusion(config)
-  row = batches.from_flat(batches.empty(module.fields(config), module.axes(config), rows=1))
-  init = lambda: meta.unbox(module.Model(config).init(jax.random.key(0), row))["params"]
-  return {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
 
 
 def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:
@@ -228,19 +215,3 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
     "vision_config": vision,
     **({"image_grid_pinpoints": processor.pinpoints(config)} if strategy == "llava_next" else {}),
   }
-
-
-def read_processor(directory: str | os.PathLike, config: ConfigDict) -> None:
-  """Sets how the preprocessor_config.json of a checkpoint, if there is one, makes pixels.
-
-  Raises:
-    UsageError: it makes other pixels than the tower of `config` sees, or as `processor.read`.
-  """
-  if not (path := Path(directory) / processor.FILE).exists():
-    return
-  tower, decode = processor.read(safetensors_io.read_json(path))
-  if tower["image_size"] != config.tower.image_size:
-    raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
-                     f"tower sees {config.tower.image_size}; they are not of one checkpoint")
-  config.tower.update(tower)
-  config.data.decode.update(decode)

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import llava
+from vlm_jax.convert import systems
 from vlm_jax.core.batch import from_flat
-from vlm_jax.core.document import Encoded, Pixels, Tokens
+from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
+from vlm_jax.data import images
 from vlm_jax.data.pack import Packer
 
 TOLERANCE = 2e-4  # max|a - b| / max|b| of the logits
@@ -30,12 +31,12 @@ def available() -> bool:
 
 
 def reread(directory: Path, config: ConfigDict, params: Params) -> int:
-  """Reads a LLaVA checkpoint back and compares every parameter bit by bit; returns their number.
+  """Reads a checkpoint back and compares every parameter bit by bit; returns their number.
 
   Raises:
     DataError: one differs.
   """
-  _, back = llava.read(directory, config)
+  _, back = systems.read(directory, config)
   ours, theirs = flatten(params), flatten(back)
   for path, leaf in ours.items():
     expected = np.asarray(leaf).astype(theirs[path].dtype)
@@ -57,8 +58,8 @@ def logits(directory: Path, config: ConfigDict, params: Params, image_token: int
   Raises:
     DataError: it is above the tolerance.
   """
-  theirs = _theirs(directory, config, *(document := _document(config)), image_token)
-  ours = _ours(config, params, *document)
+  document = _document(config, image_token)
+  theirs, ours = _theirs(directory, config, document, image_token), _ours(config, params, document)
   error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
   if not error < TOLERANCE:
     raise DataError(f"{directory}: logits differ from those of transformers by {error:.1e} of the "
@@ -66,16 +67,19 @@ def logits(directory: Path, config: ConfigDict, params: Params, image_token: int
   return error
 
 
-def _document(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+def _document(config: ConfigDict, image_token: int) -> Encoded:
+  """A picture, wider than high, and random words, all of them predicted."""
   rng, side = np.random.default_rng(0), config.tower.image_size
-  pixels = rng.integers(0, 256, (side, side, 3)).astype(np.uint8)
-  return pixels, rng.integers(6, config.llm.vocab_size, WORDS).astype(np.int32)
+  pixels = rng.integers(0, 256, (side, side + side // 2, 3)).astype(np.uint8)
+  picture = images.picture(pixels, side, images.decoding(config))
+  words = np.setdiff1d(np.arange(6, config.llm.vocab_size), image_token)
+  ids = rng.choice(words, WORDS).astype(np.int32)
+  return Encoded((picture, Tokens(ids, np.ones(len(ids), bool))), "", "parity")
 
 
-def _ours(config: ConfigDict, params: Params, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _ours(config: ConfigDict, params: Params, document: Encoded) -> np.ndarray:
   module = find_fusion(config)
-  encoded = Encoded((Pixels(pixels), Tokens(ids, np.ones(len(ids), bool))), "", "parity")
-  layout: Layout = module.layout(encoded, config, np.random.default_rng(0))
+  layout: Layout = module.layout(document, config, np.random.default_rng(0))
   axes = {axis: max(size, 1) for axis, size in layout.sizes.items()}
   packer = Packer(module.fields(config), axes, 1)
   packer.add([layout])
@@ -84,17 +88,25 @@ def _ours(config: ConfigDict, params: Params, pixels: np.ndarray, ids: np.ndarra
   return np.asarray(run(params, from_flat(packer.build().arrays)))[0]
 
 
-def _theirs(directory: Path, config: ConfigDict, pixels: np.ndarray, ids: np.ndarray,
-            image_token: int) -> np.ndarray:
+def _theirs(directory: Path, config: ConfigDict, document: Encoded, image_token: int
+            ) -> np.ndarray:
   import torch
   import transformers
 
-  model = transformers.LlavaForConditionalGeneration.from_pretrained(
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
     directory, dtype=torch.float32).eval()
-  slots = (config.tower.image_size // config.tower.patch) ** 2
-  tokens = np.concatenate([np.full(slots, image_token), ids])[None].astype(np.int64)
-  values = (pixels / 255 - np.asarray(config.tower.mean)) / np.asarray(config.tower.std)
-  values = values.transpose(2, 0, 1)[None].astype(np.float32)
+  picture, words = document.parts
+  slots = len(find_fusion(config).order(config, picture))
+  tokens = np.concatenate([np.full(slots, image_token), words.ids])[None].astype(np.int64)
+  values = (np.stack(picture.squares) / 255 - np.asarray(config.tower.mean)) / np.asarray(
+    config.tower.std)
+  inputs = {"input_ids": torch.from_numpy(tokens),
+            "pixel_values": torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))}
+  if picture.tiles:
+    inputs["pixel_values"] = inputs["pixel_values"][None]
+    inputs["image_sizes"] = torch.tensor([picture.tiles.size])
+  if model.config.model_type == "paligemma":  # which is another model without them
+    inputs["token_type_ids"] = torch.arange(tokens.shape[1])[None].ge(slots).long()
   with torch.no_grad():
-    out = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.from_numpy(values))
+    out = model(**inputs)
   return out.logits[0].float().numpy()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import nodes, processor, safetensors_io, table
-from vlm_jax.convert.llava import read_processor, shapes
+from vlm_jax.convert import files, nodes, processor, safetensors_io, table
+from vlm_jax.convert.files import shapes
 from vlm_jax.core import fusion
-from vlm_jax.core.errors import DiskError, UsageError, nearest
+from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.typing import Params
 
 TOWER, TEXT = "vision_model.", "text_model."
@@ -34,17 +34,20 @@ SYSTEMS = {
   "siglip": System("siglip", "map", "SiglipModel"),
   "siglip2": System("siglip", "map", "Siglip2Model"),
 }
+MODEL_TYPES, FUSIONS = tuple(SYSTEMS), ("clip", "siglip")
 
 
-def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, Params]:
+def read(directory: str | os.PathLike, config: ConfigDict,
+         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
   """Reads a checkpoint.
 
   Args:
     directory: holds config.json and safetensors weights; a preprocessor_config.json is read too.
     config: any recipe; everything that does not describe the model stays as it is.
+    dtype: of the parameters; None: the file's.
 
   Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays in the file's dtypes.
+    The config of the checkpoint's model, and its parameters as numpy arrays.
 
   Raises:
     DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
@@ -53,44 +56,43 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> tuple[ConfigDict, 
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
   if theirs["model_type"] != "siglip2":  # whose grids vary, ours do not
-    read_processor(directory, config)
+    files.read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config)
+    return config, load(reader, config, dtype)
 
 
-def load(source: table.Source, config: ConfigDict) -> Params:
-  """The parameters of `config`'s model from their tensors by key, see `table.load`."""
-  return table.load(source, entries(config), unread=lambda key: key.endswith(nodes.BUFFERS))
+def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
+  """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
+  return nodes.load(source, entries(config), dtype=dtype)
 
 
-def write(directory: str | os.PathLike, config: ConfigDict, params: Params,
-          shard_bytes: int = safetensors_io.SHARD_BYTES) -> None:
+def write(
+  directory: str | os.PathLike,
+  config: ConfigDict,
+  params: Params,
+  image_token: int,
+  shard_bytes: int = safetensors_io.SHARD_BYTES,
+  dtype: np.dtype | None = None,
+) -> None:
   """Writes a checkpoint that transformers loads: config, image processor, weights.
 
   Args:
     directory: made if missing; must not hold a checkpoint.
     config: the config of the model.
-    params: its parameters, without metadata boxes; dtypes are kept.
+    params: its parameters, without metadata boxes.
+    image_token: of no meaning here: no text holds a picture.
     shard_bytes: largest weight file.
+    dtype: of the file; None: the parameters'.
 
   Raises:
     UsageError: the directory holds a checkpoint, or the config is of no such system.
     DiskError: it cannot be written.
   """
-  directory = Path(directory)
-  theirs = write_config(config)
-  theirs["dtype"] = np.dtype(params["llm"]["embed"]["embedding"].dtype).name
+  del image_token
+  theirs = {**write_config(config), "dtype": files.dtype_of(params, dtype).name}
   pixels = _processor(config, theirs["model_type"])
-  tensors = table.export(params, entries(config))
-  if directory.exists() and any(directory.glob("*.safetensors*")):
-    raise UsageError(f"{directory}: already holds a checkpoint; choose an empty directory")
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise DiskError(f"{directory}: cannot be made ({error}); choose another directory") from error
-  safetensors_io.write(directory, tensors, shard_bytes)
-  safetensors_io.write_json(directory / processor.FILE, pixels)
-  safetensors_io.write_json(directory / "config.json", theirs)
+  tensors = table.export(params, entries(config), dtype)
+  files.write(directory, tensors, theirs, pixels, shard_bytes)
 
 
 def entries(config: ConfigDict) -> list[table.Entry]:
@@ -114,7 +116,7 @@ def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
     raise UsageError(f"config.json: model_type is '{kind}'; {nearest(kind, SYSTEMS)}")
   config, system = config.copy_and_resolve_references(), SYSTEMS[kind]
   text, vision = theirs.get("text_config") or {}, theirs.get("vision_config") or {}
-  config.fusion.name = system.fusion
+  config.fusion.name, config.data.template = system.fusion, "caption"
   config.fusion.objectives = ConfigDict({"contrast": 1.0})
   config.fusion.width = theirs.get("projection_dim", 512)
   config.llm.update(nodes.read(text, "llm", f"{kind}_text_model"))

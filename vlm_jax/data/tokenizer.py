@@ -13,9 +13,20 @@ PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
   "<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<image>",
 )
 # What opens a user's and an assistant's turn; PaliGemma (arXiv:2407.07726, section 3.1): the prompt
-# behind <bos>, the answer behind a line break that is no part of either.
-TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n")}
+# behind <bos>, the answer behind a line break that is no part of either; CLIP (arXiv:2103.00020,
+# section 2.4): <bos> words <eos>, and no turns.
+TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS)}
 SMALLEST = len(SPECIALS) + 256  # every byte has a token
+
+
+def needed(template: str) -> tuple[str, ...]:
+  """What pads, begins, ends, stands for a picture and opens the turns of a template.
+
+  Captions hold no picture and are padded behind their end, so that CLIP's tokenizer, which has two
+  special tokens, needs no more.
+  """
+  alone = template == "caption"
+  return (EOS if alone else PAD, BOS, EOS, EOS if alone else IMAGE, *TEMPLATES[template])
 
 
 class Tokenizer:
@@ -37,13 +48,12 @@ class Tokenizer:
       template: a name of `TEMPLATES`.
     """
     inner.encode_special_tokens = True
-    opening = TEMPLATES[template]
-    needed = (PAD, BOS, EOS, IMAGE, *opening)
+    marks = needed(template)
     # Byte-level and sentencepiece vocabularies spell a line break differently.
     ids = [inner.token_to_id(token) if token in SPECIALS else _one(inner, token)
-           for token in needed]
+           for token in marks]
     missing = [repr(token) if token not in SPECIALS else token
-               for token, number in zip(needed, ids, strict=True) if number is None]
+               for token, number in zip(marks, ids, strict=True) if number is None]
     if missing:
       raise ValueError(f"it has no {', '.join(missing)}")
     self.inner = inner
