@@ -1,6 +1,9 @@
 """Attention over packed documents of text and images, forward and backward, against other kernels.
 
-    python benchmarks/attention.py [--platform cpu|gpu|tpu] [--small]
+    python benchmarks/attention.py [--platform cpu|gpu|tpu] [--small] [PART ...]
+
+Parts are packed, long, causal, growth, layers and (on a CPU) vocabulary; all of them take about
+twenty minutes on two cores, most of it for the vocabulary. What is measured is shown at once.
 
 One row of S slots, H=8 query heads in G=2 groups of C=64; f32 on a CPU, bf16 elsewhere. Documents
 are text (20 to 150 tokens) and images (196 slots) in turn and end in text; seed 0. Three masks:
@@ -24,29 +27,34 @@ The last line is JSON:
   slope_time, slope_memory           growth of a forward and backward pass from S = 2048 to 32768:
                                      slope of log seconds and log bytes over log S
   plan_share_24_layers               seconds to make the plan / of 24 layers forward, S = 8192
-  xent_memory, xent_speed            see vocabulary.py (CPU only)
+  xent_memory, xent_speed            see vocabulary.py
   visible                            share of visible pairs, every mask
   tflops                             of every side, FLOPs of visible pairs only (4HC forward, 14HC
                                      both ways)
   errors                             largest relative difference from ours, every side
-  growth                             seconds and temporary bytes at each S
-  masks                              for each mask: seconds, best, matmul, others, contended
+  timings                            for each mask: seconds, best, matmul, others, contended
+  growth, layers, vocabulary         the same of these parts; growth has the bytes at each S
   contended, machine                 see protocol.py; a ratio of a contended measurement is null
 """
 
 import argparse
 import dataclasses
+import functools
+import json
 
 import attention_peers as peers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import protocol
+import vocabulary
 
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.ops.attention import attention, block_sizes, make_plan, platform
 
 HEADS, GROUPS, WIDTH = 8, 2, 64
+MASKS = ("packed", "long", "causal")
+PARTS = (*MASKS, "growth", "layers", "vocabulary")
 IMAGE, LAYERS = 196, 24
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # of the largest number
@@ -143,9 +151,12 @@ def compare(name: str, length: int, where: str) -> dict:
     if not errors[step] < TOLERANCE[work.dtype]:
       raise AssertionError(f"mask {name}, {step}: differs from ours by {errors[step]:.2g}")
   # Forward alone only where a bar asks for it: the dense sides take seconds a step.
+  if where == "cpu":
+    steps = {step: run for step, run in steps.items() if step.endswith(" fwd_bwd") or
+             (name == "packed" and step in ("ours fwd", "torch_flex fwd"))}
   timings = {way: protocol.measure({step.split()[0]: run for step, run in steps.items()
                                     if step.endswith(f" {way}")})
-             for way in (("fwd", "fwd_bwd") if name == "packed" else ("fwd_bwd",))}
+             for way in ("fwd", "fwd_bwd") if f"ours {way}" in steps}
   visible = float(work.dense().mean())
   flops = visible * length**2 * HEADS * WIDTH
   return {"visible": visible, "errors": errors, "timings": timings,
@@ -206,42 +217,52 @@ def ratios(found: dict[str, dict]) -> dict[str, float | None]:
   }
   return {key: protocol.ratio(found[mask]["timings"][way], "ours", [side])[0]
           for key, (mask, way, side) in wanted.items()
-          if side in found[mask]["timings"].get(way, {"best": ()})["best"]}
+          if mask in found and side in found[mask]["timings"].get(way, {"best": ()})["best"]}
+
+
+def show(part: str, value: dict) -> None:
+  """Prints what a part found as soon as it is known."""
+  brief = {key: value[key] for key in ("best", "errors", "visible", "slope_time", "slope_memory",
+                                       "plan_share_24_layers", "xent_memory", "xent_speed",
+                                       "contended", "others") if key in value}
+  brief |= {way: timing["best"] | {"contended": timing["contended"]}
+            for way, timing in value.get("timings", {}).items()}
+  print(f"{part}: {json.dumps(brief)}", flush=True)
 
 
 def main() -> None:
-  """Runs the comparison."""
+  """Runs the comparison, or the named parts of it."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default=platform())
   parser.add_argument("--small", action="store_true", help="an eighth of the lengths, a quick look")
+  parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
   args = parser.parse_args()
   if args.platform != platform():
     parser.error(f"--platform {args.platform}: JAX runs on '{platform()}' here")
-  part = 8 if args.small else 1
-  found = {name: compare(name, 8192 // part, args.platform)
-           for name in ("packed", "long", "causal")}
-  growth = grow(tuple(length // part for length in LENGTHS), args.platform)
-  layers = share(8192 // part, args.platform)
-  result = ratios(found) | {key: growth[key] for key in ("slope_time", "slope_memory")}
-  result["plan_share_24_layers"] = layers["plan_share_24_layers"]
-  timings = [timing for row in found.values() for timing in row["timings"].values()]
-  if args.platform == "cpu":
-    import vocabulary
-
-    entropy = vocabulary.measure(args.small)
-    result |= {key: entropy[key] for key in ("xent_memory", "xent_speed")}
-    result["vocabulary"] = entropy
-    timings.append(entropy)
-  result |= {"visible": {name: row["visible"] for name, row in found.items()},
-             "tflops": {name: row["tflops"] for name, row in found.items()},
-             "errors": {name: row["errors"] for name, row in found.items()},
-             "masks": {name: row["timings"] for name, row in found.items()},
-             "growth": growth, "layers": layers, "device": jax.devices()[0].device_kind,
-             "contended": any(timing["contended"] for timing in (*timings, growth, layers))}
+  if unknown := set(args.parts) - set(PARTS):
+    parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+  less, where = 8 if args.small else 1, args.platform
+  make = {name: functools.partial(compare, name, 8192 // less, where) for name in MASKS} | {
+    "growth": lambda: grow(tuple(length // less for length in LENGTHS), where),
+    "layers": lambda: share(8192 // less, where),
+    "vocabulary": lambda: vocabulary.measure(args.small)}
+  found = {}
+  for part in args.parts or (PARTS if where == "cpu" else PARTS[:-1]):
+    found[part] = make[part]()
+    show(part, found[part])
+  masks = {name: found[name] for name in MASKS if name in found}
+  rest = {name: found[name] for name in found if name not in MASKS}
+  timings = [*rest.values(), *(one for row in masks.values() for one in row["timings"].values())]
+  keys = ("slope_time", "slope_memory", "plan_share_24_layers", "xent_memory", "xent_speed")
+  result = ratios(masks) | {key: row[key] for key in keys for row in rest.values() if key in row}
+  result |= {key: {name: row[key] for name, row in masks.items()}
+             for key in ("visible", "tflops", "errors", "timings")}
+  result |= rest | {"device": jax.devices()[0].device_kind,
+                    "contended": any(timing["contended"] for timing in timings)}
   protocol.report(
     ["mask", "side", "best s", "TFLOP/s of visible pairs"],
     [[name, f"{side} {way}", best, row["tflops"][f"{side} {way}"]]
-     for name, row in found.items() for way, timing in row["timings"].items()
+     for name, row in masks.items() for way, timing in row["timings"].items()
      for side, best in timing["best"].items()], result)
 
 

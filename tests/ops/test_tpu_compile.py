@@ -47,7 +47,7 @@ def compile_for_tpu(folder: Path, cases: list[dict]) -> list[dict]:
   """What tests/ops/compile_for_tpu.py says about the cases; one process, one after the other."""
   command = [sys.executable, "-m", "tests.ops.compile_for_tpu", str(folder)]
   done = subprocess.run(command + [json.dumps(case) for case in cases], cwd=ROOT, text=True,
-                        capture_output=True, timeout=580)
+                        capture_output=True)
   assert done.returncode == 0, done.stderr[-3000:]
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -82,6 +82,7 @@ def test_compiles_forward_and_backward(tmp_path, generation):
 # A process for each width: heads of 64 and 128 have one forward kernel, and the compiler would not
 # say again what it takes.
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # minutes each where nothing else runs
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("length", [8192, 32768])
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -93,6 +94,7 @@ def test_compiles_every_shape(tmp_path, generation, length, width):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles_float32(tmp_path, generation):
   for report in compile_for_tpu(
