@@ -1,8 +1,11 @@
 """13. The mechanism learns what it is for, and its control does not.
 
 A 2 x 2 grid of four colours; the question names a cell, the answer is the cell's colour. Without
-the picture a quarter of the answers can be guessed.
+the picture a quarter of the answers can be guessed. For tiles the colours are textures, of which
+the picture as a whole, at half the size, shows nothing.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from flax.core import meta
 
 from tests.fusion import testing as t
 from vlm_jax.core.batch import from_flat
-from vlm_jax.core.document import Encoded, Pixels, Tokens
+from vlm_jax.core.document import Encoded, Pixels, Tiles, Tokens
 from vlm_jax.core.fusion import find_fusion
 
 CELLS = COLORS = 4
@@ -22,21 +25,58 @@ QUESTION, ANSWER = 10, 30  # first token of each kind
 PALETTE = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], np.uint8)
 
 
+TEXTURES = np.array([[[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]],
+                     [[-1, 1], [-1, 1]]])  # the mean of each is 0
+
+Shows = Callable[[np.random.Generator, np.ndarray], Pixels]  # the picture of four colours
+
+
 def grid_config(name: str, fan_out: bool):
-  config = t.get_config(name, "causal", fan_out)
+  strategy = {"paligemma": "prefix_lm"}.get(name, name)
+  config = t.get_config(strategy, "causal", fan_out)
   config.tower.update(depth=1, width=32, heads=4, mlp=64)
   config.data.update(rows=4, tokens=128, images=7)
   if name == "simvlm":
     config.data.update(tokens=64, decoder_tokens=64)  # half of a document is on either side
+  if name == "llava_next":
+    config.data.update(rows=7, images=20)  # a picture and its four tiles have 24 slots
+    config.data.decode.grids = ()  # the test cuts them itself
+  if name == "paligemma":
+    config.connector.update(name="linear", initial="zeros")
+    config.llm.update(name="gemma", head_dim=8)
   config.attention.implementation = "dense"
   return config
 
 
-def document(rng, fan_out: bool, number: int, shown: np.ndarray | None = None) -> Encoded:
-  """A grid and a question about one cell (fan-out: about all); `shown` replaces the picture."""
+def colors_of_cells(rng: np.random.Generator, colors: np.ndarray) -> Pixels:
+  """The cells, a patch each."""
+  del rng
+  return Pixels(PALETTE[colors].reshape(2, 2, 3).repeat(4, 0).repeat(4, 1))
+
+
+def others(rng: np.random.Generator, colors: np.ndarray) -> Pixels:
+  """A picture of other colours."""
+  return colors_of_cells(rng, rng.integers(0, COLORS, len(colors)))
+
+
+def in_tiles(rng: np.random.Generator, colors: np.ndarray) -> Pixels:
+  """A tile of 8 x 8 pixels for each cell, and the 16 x 16 pixels at half their size."""
+  tiles = 128 + 100 * np.tile(TEXTURES[colors], (1, 4, 4))[..., None].repeat(3, -1)
+  half = tiles.reshape(CELLS, 4, 2, 4, 2, 3).mean((2, 4)).reshape(2, 2, 4, 4, 3)
+  whole = half.swapaxes(1, 2).reshape(8, 8, 3)
+  del rng
+  return Pixels(whole.astype(np.uint8), tiles=Tiles(tiles.astype(np.uint8), (2, 2), (16, 16)))
+
+
+def whole_only(rng: np.random.Generator, colors: np.ndarray) -> Pixels:
+  """The same without its tiles."""
+  return Pixels(in_tiles(rng, colors).values)
+
+
+def document(rng, fan_out: bool, number: int, shows: Shows) -> Encoded:
+  """A grid and a question about one cell (fan-out: about all)."""
   colors = rng.integers(0, COLORS, CELLS)
-  picture = PALETTE[colors if shown is None else shown].reshape(2, 2, 3)
-  parts: list = [Pixels(picture.repeat(4, 0).repeat(4, 1))]
+  parts: list = [shows(rng, colors)]
   cells = range(CELLS) if fan_out else [int(rng.integers(CELLS))]
   for branch, cell in enumerate(cells, 1):
     ids = np.array([QUESTION + cell, ANSWER + colors[cell]], np.int32)
@@ -44,9 +84,8 @@ def document(rng, fan_out: bool, number: int, shown: np.ndarray | None = None) -
   return Encoded(tuple(parts), "pairs", f"pairs-{number}")
 
 
-def flat_batch(config, rng, fan_out: bool, blind: bool) -> dict:
-  shown = lambda: rng.integers(0, COLORS, CELLS) if blind else None
-  documents = [document(rng, fan_out, n, shown()) for n in range(DOCUMENTS)]
+def flat_batch(config, rng, fan_out: bool, shows: Shows) -> dict:
+  documents = [document(rng, fan_out, n, shows) for n in range(DOCUMENTS)]
   return t.pack(t.lay_out(documents, config), config)[0]
 
 
@@ -57,12 +96,12 @@ def accuracy(config, params, flat) -> float:
   return float((said == stream.targets)[asked].mean())
 
 
-def train(config, fan_out: bool, blind: bool) -> dict:
-  """Parameters after STEPS steps on fresh grids; blind: the pictures are of other grids."""
+def train(config, fan_out: bool, shows: Shows) -> dict:
+  """Parameters after STEPS steps on fresh grids."""
   module = find_fusion(config)
   model = module.Model(config)
   rng = np.random.default_rng(0)
-  first = from_flat(flat_batch(config, rng, fan_out, blind))
+  first = from_flat(flat_batch(config, rng, fan_out, shows))
   params = meta.unbox(jax.jit(model.init)(jax.random.key(0), first)["params"])
   optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 4e-3, 20, STEPS))
 
@@ -79,17 +118,22 @@ def train(config, fan_out: bool, blind: bool) -> dict:
 
   state = optimizer.init(params)
   for _ in range(STEPS):
-    params, state = step(params, state, flat_batch(config, rng, fan_out, blind))
+    params, state = step(params, state, flat_batch(config, rng, fan_out, shows))
   return params
 
 
-@pytest.mark.parametrize(
-  "name, fan_out", [("concat", False), ("prefix_lm", True), ("simvlm", True)])
-def test_learns_to_look(name, fan_out):
+@pytest.mark.parametrize("name, fan_out, shows, control", [
+  ("concat", False, colors_of_cells, others),
+  ("prefix_lm", True, colors_of_cells, others),
+  ("simvlm", True, colors_of_cells, others),
+  ("paligemma", True, colors_of_cells, others),
+  ("llava_next", True, in_tiles, whole_only),
+])
+def test_learns_to_look(name, fan_out, shows, control):
   config = grid_config(name, fan_out)
-  params = train(config, fan_out, blind=False)
+  params = train(config, fan_out, shows)
   rng = np.random.default_rng(1)
-  assert accuracy(config, params, flat_batch(config, rng, fan_out, blind=False)) > 0.95
-  assert accuracy(config, params, flat_batch(config, rng, fan_out, blind=True)) < 0.5
-  control = train(config, fan_out, blind=True)
-  assert accuracy(config, control, flat_batch(config, rng, fan_out, blind=False)) < 0.5
+  assert accuracy(config, params, flat_batch(config, rng, fan_out, shows)) > 0.95
+  assert accuracy(config, params, flat_batch(config, rng, fan_out, control)) < 0.5
+  trained = train(config, fan_out, control)
+  assert accuracy(config, trained, flat_batch(config, rng, fan_out, shows)) < 0.5

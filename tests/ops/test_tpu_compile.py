@@ -59,8 +59,8 @@ def check(report: dict) -> None:
   blocks = made["length"] // report["block_q"], made["length"] // report["block_k"]
   assert report["block_q"] >= 512 and report["block_k"] >= 512
   said = pallas_tpu.vmem_bytes(report["block_q"], report["block_k"], made["width"], made["dtype"])
-  # The compiler may also keep a whole operand (8 heads of 8k keys: 16 MiB) in this memory.
-  operand = made["length"] * made["groups"] * max(128, made["width"]) * 2
+  # The compiler may also keep a whole operand (8 heads of 8k slots: 16 MiB) in this memory.
+  operand = made["length"] * made["heads"] * max(128, made["width"]) * 2
   for kernel in KERNELS:
     assert 2**18 < report["vmem"][kernel] <= said + operand, (kernel, said, report)
     assert max(said, report["vmem"][kernel]) <= SPARE * VMEM_BYTES, (kernel, said, report)
