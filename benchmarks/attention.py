@@ -1,12 +1,14 @@
 """Attention over packed documents of text and images, forward and backward, against other kernels.
 
-    python benchmarks/attention.py [--platform cpu|gpu|tpu] [--small] [PART ...]
+    python benchmarks/attention.py [--platform cpu|gpu|tpu] [--small] [--devices N] [PART ...]
 
 Parts are packed, long, causal, growth, layers and (on a CPU) vocabulary; all of them take about
 twenty minutes on two cores, most of it for the vocabulary. What is measured is shown at once.
 
 One row of S slots, H=8 query heads in G=2 groups of C=64; f32 on a CPU, bf16 elsewhere. Documents
-are text (20 to 150 tokens) and images (196 slots) in turn and end in text; seed 0. Three masks:
+are text (20 to 150 tokens) and images (196 slots) in turn and end in text; seed 0. Our heads lie on
+N devices, as tensor parallelism lays them; on a CPU two unless said otherwise, a core each, because
+XLA shares only large products among cores. Three masks:
 
   packed   up to 3 images a document; an image sees itself and the text before it, not other images
            (the vision-to-vision cut); about 4% of all pairs are visible
@@ -34,13 +36,16 @@ The last line is JSON:
   errors                             largest relative difference from ours, every side
   timings                            for each mask: seconds, best, matmul, others, contended
   growth, layers, vocabulary         the same of these parts; growth has the bytes at each S
+  device, devices                    kind and number of our devices
   contended, machine                 see protocol.py; a ratio of a contended measurement is null
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 
 import attention_peers as peers
 import jax
@@ -48,8 +53,10 @@ import jax.numpy as jnp
 import numpy as np
 import protocol
 import vocabulary
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mesh import AXES, spec
 from vlm_jax.ops.attention import attention, block_sizes, make_plan, platform
 
 HEADS, GROUPS, WIDTH = 8, 2, 64
@@ -62,9 +69,10 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # of the largest number
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One row. Attributes: platform; mask [1,S]; spans, the documents' [start, end); dtype; arrays
-  {q, k, v, weigh} f32[1,S,H or G,C]."""
+  """One row. Attributes: mesh, of our devices; platform; mask [1,S]; spans, the documents'
+  [start, end); dtype; arrays {q, k, v, weigh} f32[1,S,H or G,C]."""
 
+  mesh: Mesh
   platform: str
   mask: IntervalMask
   spans: list[tuple[int, int]]
@@ -76,7 +84,9 @@ class Work:
     return self.mask.num_queries, HEADS, GROUPS, WIDTH
 
   def array(self, name: str) -> jax.Array:
-    return jnp.asarray(self.arrays[name], self.dtype)
+    values = jnp.asarray(self.arrays[name], self.dtype)
+    heads = spec((None, None, "heads", None), values.shape, self.mesh)
+    return jax.device_put(values, NamedSharding(self.mesh, heads))
 
   def dense(self) -> np.ndarray:
     return self.mask.dense(self.mask.num_queries)
@@ -103,7 +113,7 @@ def documents(length: int, most: int, cut: bool) -> tuple[IntervalMask, list[tup
   return IntervalMask(lo, hi, *((query, key) if cut else ())), spans
 
 
-def make_work(name: str, length: int, where: str) -> Work:
+def make_work(name: str, length: int, mesh: Mesh) -> Work:
   """The row of a mask's name."""
   if name == "causal":
     index = np.arange(length, dtype=np.int32)[None]
@@ -113,7 +123,8 @@ def make_work(name: str, length: int, where: str) -> Work:
   rng = np.random.default_rng(1)
   draw = lambda heads: rng.standard_normal((1, length, heads, WIDTH), np.float32)
   arrays = {"q": draw(HEADS), "k": draw(GROUPS), "v": draw(GROUPS), "weigh": draw(HEADS)}
-  return Work(where, mask, spans, "float32" if where == "cpu" else "bfloat16", arrays)
+  where = platform()
+  return Work(mesh, where, mask, spans, "float32" if where == "cpu" else "bfloat16", arrays)
 
 
 def planned(work: Work):
@@ -121,7 +132,7 @@ def planned(work: Work):
   length = work.mask.num_queries
   block_q, block_k = block_sizes(length, length, work.platform,
                                  sharing=HEADS // GROUPS, width=WIDTH, dtype=work.dtype)
-  mask = jax.tree.map(jnp.asarray, work.mask)
+  mask = jax.device_put(work.mask, NamedSharding(work.mesh, PartitionSpec()))
   plan = jax.jit(lambda mask: make_plan(mask, length, block_q=block_q, block_k=block_k))
   return mask, plan
 
@@ -134,11 +145,11 @@ def ours(work: Work) -> dict[str, peers.Step]:
                          mask, made)
 
 
-def compare(name: str, length: int, where: str) -> dict:
+def compare(name: str, length: int, mesh: Mesh) -> dict:
   """Times one mask on every side; see the module for what it returns."""
-  work = make_work(name, length, where)
+  work = make_work(name, length, mesh)
   sides = {"ours": ours(work)} | peers.sides(work, "causal" if name == "causal" else "packed")
-  if name == "long" and where == "cpu":
+  if name == "long" and work.platform == "cpu":
     sides = {side: sides[side] for side in ("ours", "torch_dense")}
   steps = {f"{side} {step}": run for side, own in sides.items() for step, run in own.items()}
   errors = {}
@@ -151,7 +162,7 @@ def compare(name: str, length: int, where: str) -> dict:
     if not errors[step] < TOLERANCE[work.dtype]:
       raise AssertionError(f"mask {name}, {step}: differs from ours by {errors[step]:.2g}")
   # Forward alone only where a bar asks for it: the dense sides take seconds a step.
-  if where == "cpu":
+  if work.platform == "cpu":
     steps = {step: run for step, run in steps.items() if step.endswith(" fwd_bwd") or
              (name == "packed" and step in ("ours fwd", "torch_flex fwd"))}
   timings = {way: protocol.measure({step.split()[0]: run for step, run in steps.items()
@@ -164,11 +175,11 @@ def compare(name: str, length: int, where: str) -> dict:
                      for way, timing in timings.items() for side, best in timing["best"].items()}}
 
 
-def grow(lengths: tuple[int, ...], where: str) -> dict:
+def grow(lengths: tuple[int, ...], mesh: Mesh) -> dict:
   """How seconds and temporary bytes of a forward and backward pass grow with the row."""
   steps, memory = {}, []
   for length in lengths:
-    work = make_work("packed", length, where)
+    work = make_work("packed", length, mesh)
     mask, plan = planned(work)
     made, weigh = plan(mask), work.array("weigh")
     total = lambda q, k, v, mask, plan, weigh: (
@@ -184,9 +195,9 @@ def grow(lengths: tuple[int, ...], where: str) -> dict:
           "slope_memory": slope(memory), "memory": memory, **timing}
 
 
-def share(length: int, where: str) -> dict:
+def share(length: int, mesh: Mesh) -> dict:
   """The plan's part of a forward pass of many layers that share it."""
-  work = make_work("packed", length, where)
+  work = make_work("packed", length, mesh)
   mask, plan = planned(work)
   k, v = work.array("k"), work.array("v")
 
@@ -233,22 +244,29 @@ def show(part: str, value: dict) -> None:
 def main() -> None:
   """Runs the comparison, or the named parts of it."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default=platform())
+  parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"))
+  parser.add_argument("--devices", type=int, help="of ours; a CPU has as many as asked for")
   parser.add_argument("--small", action="store_true", help="an eighth of the lengths, a quick look")
   parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
   args = parser.parse_args()
-  if args.platform != platform():
-    parser.error(f"--platform {args.platform}: JAX runs on '{platform()}' here")
+  os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} "
+                             f"--xla_force_host_platform_device_count={args.devices or 2}")
+  where = platform()  # starts JAX, which reads the flag for its CPU
+  if args.platform not in (None, where):
+    parser.error(f"--platform {args.platform}: JAX runs on '{where}' here")
+  count = args.devices or (2 if where == "cpu" else 1)
+  mesh = Mesh(np.asarray(jax.devices()[:count]).reshape(1, 1, count), AXES)
   if unknown := set(args.parts) - set(PARTS):
     parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-  less, where = 8 if args.small else 1, args.platform
-  make = {name: functools.partial(compare, name, 8192 // less, where) for name in MASKS} | {
-    "growth": lambda: grow(tuple(length // less for length in LENGTHS), where),
-    "layers": lambda: share(8192 // less, where),
+  less = 8 if args.small else 1
+  make = {name: functools.partial(compare, name, 8192 // less, mesh) for name in MASKS} | {
+    "growth": lambda: grow(tuple(length // less for length in LENGTHS), mesh),
+    "layers": lambda: share(8192 // less, mesh),
     "vocabulary": lambda: vocabulary.measure(args.small)}
   found = {}
   for part in args.parts or (PARTS if where == "cpu" else PARTS[:-1]):
-    found[part] = make[part]()
+    with contextlib.nullcontext() if part == "vocabulary" else jax.set_mesh(mesh):
+      found[part] = make[part]()
     show(part, found[part])
   masks = {name: found[name] for name in MASKS if name in found}
   rest = {name: found[name] for name in found if name not in MASKS}
@@ -257,7 +275,7 @@ def main() -> None:
   result = ratios(masks) | {key: row[key] for key in keys for row in rest.values() if key in row}
   result |= {key: {name: row[key] for name, row in masks.items()}
              for key in ("visible", "tflops", "errors", "timings")}
-  result |= rest | {"device": jax.devices()[0].device_kind,
+  result |= rest | {"device": jax.devices()[0].device_kind, "devices": count,
                     "contended": any(timing["contended"] for timing in timings)}
   protocol.report(
     ["mask", "side", "best s", "TFLOP/s of visible pairs"],

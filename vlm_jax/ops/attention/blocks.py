@@ -17,7 +17,8 @@ def block_sizes(
   On a CPU, rows of a few thousand slots hold documents of a hundred: what small blocks do not
   compute is worth more than what large ones gain. From there on its cores should share each
   product, which they do from about 512 x 256; queries of all heads of a group lie below each other.
-  Accelerators want more work in a step than 128 x 128.
+  On a mesh every device has a core of its own, and nothing to share. Accelerators want more work in
+  a step than 128 x 128.
 
   Args:
     length, keys: T and S.
@@ -26,12 +27,13 @@ def block_sizes(
     width: C.
     dtype: of q, k and v.
   """
+  mesh = jax.sharding.get_abstract_mesh()
   if platform == "tpu":
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = mesh.abstract_device or jax.devices()[0]
     return pallas_tpu_layout.block_sizes(length, keys, width, dtype, device.device_kind)
   if platform == "gpu":
     most, unit = (512, 512), 128
-  elif keys <= SHORT:
+  elif keys <= SHORT or mesh.size > 1:
     most, unit = (64, 128), 8
   else:
     most, unit = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 256), 8
