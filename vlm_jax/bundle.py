@@ -11,7 +11,6 @@ What a `Bundle` says of a document is what training and evaluation compute of it
 import atexit
 import dataclasses
 import functools
-import json
 import shutil
 import sys
 import tempfile
@@ -92,6 +91,15 @@ class Bundle:
     """Of the config; raises as `pipeline.load_tokenizer`."""
     return pipeline.load_tokenizer(self.config)
 
+  def image(self, picture: Picture) -> Image:
+    """A picture as part of a document: read and, so that it is known to be one, decoded.
+
+    Raises:
+      DataError: it cannot be.
+    """
+    self.processor(picture)
+    return _image(picture, self.config)
+
   def processor(self, picture: Picture) -> Pixels:
     """A picture as the tower sees it, u8[side,side,3] and perhaps its tiles.
 
@@ -105,8 +113,13 @@ class Bundle:
       raise DataError(f"{name}: {REASONS[error.reason]}; choose another file") from error
 
   def question(self, prompt: str, pictures: Sequence[Picture] = ()) -> Document:
-    """The document of one question, see `generate.answer.ask`."""
-    return ask(self.config, prompt, [_image(picture, self.config) for picture in pictures])
+    """The document of one question about pictures, see `generate.answer.ask`.
+
+    Raises:
+      UsageError: an empty prompt, or a number of `<image>` that is not the pictures'.
+      DataError: a picture cannot be read.
+    """
+    return ask(self.config, prompt, [self.image(picture) for picture in pictures])
 
   def logits(self, documents: Sequence[Document], rows: int = 8) -> list[np.ndarray]:
     """The logits f32[t,V] of each document's t slots in the stream that speaks, images included.
@@ -208,8 +221,6 @@ class Bundle:
     if attention_map:
       maps.check(self.config, len(pictures), attention_layers)
       maps.check_place(Path(attention_map))
-    for picture in pictures:
-      self.processor(picture)  # to name the one that cannot be read
     document = self.question(prompt, pictures)
     said = self.generate([document], max_tokens=max_tokens, sampling=sampling, write=write)[0][0]
     if attention_map:
@@ -296,7 +307,7 @@ def load(path: str | Path, *, step: int | None = None, root: str | None = None,
   """
   place = Path(path).expanduser()
   recipe = str(path).endswith(".py") or ".py:" in str(path)
-  published = not recipe and is_published(place)
+  published = not recipe and systems.is_published(place)
   if dtype and not published:
     raise UsageError(f"{path} is no Hugging Face checkpoint, so it takes no dtype; set "
                      "config.precision in its recipe")
@@ -317,15 +328,6 @@ def load(path: str | Path, *, step: int | None = None, root: str | None = None,
   config, read = runs.open_config(str(place), root, outside)
   params, step = read(step)
   return Bundle(config, params, step)
-
-
-def is_published(path: Path) -> bool:
-  """Whether a directory holds a checkpoint of Hugging Face."""
-  try:
-    found = json.loads((path / "config.json").read_text())
-  except (OSError, ValueError):
-    return False
-  return isinstance(found, dict) and "model_type" in found
 
 
 def of_recipe(config: ConfigDict, root: str | None = None) -> Bundle:

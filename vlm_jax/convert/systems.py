@@ -9,6 +9,7 @@ A converter is a module with MODEL_TYPES, FUSIONS (the strategies that it writes
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,15 @@ from vlm_jax.core.typing import Params
 from vlm_jax.core.writing import write_atomically
 
 CONVERTERS = (llava, paligemma, two_towers)
+
+
+def is_published(directory: str | os.PathLike) -> bool:
+  """Whether a directory holds a checkpoint of Hugging Face."""
+  try:
+    found = json.loads((Path(directory) / "config.json").read_text())
+  except (OSError, ValueError):
+    return False
+  return isinstance(found, dict) and "model_type" in found
 
 
 def reader(theirs: dict[str, Any]) -> ModuleType:

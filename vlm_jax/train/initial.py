@@ -71,13 +71,12 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
   """All parameters but adapters: those of the newest or the named checkpoint of a run, with its own
   adapters merged, or those of a checkpoint of Hugging Face."""
   init = Path(config.fusion.init)
-  if (init / checkpoint_tools.FOLDER).is_dir() or init.parent.name == checkpoint_tools.FOLDER:
-    contents = checkpoint_tools.sound(*checkpoint_tools.locate(init), ("params",))
-    params = unflatten(contents.arrays)["params"]
-    theirs = load_config(init if (init / checkpoint_tools.FOLDER).is_dir() else init.parents[1])
-    params, _ = adapters.merge(params, theirs)
-  else:
+  if systems.is_published(init):
     _, params = systems.read(init, config)
+  else:
+    folder, step = checkpoint_tools.locate(init)
+    contents = checkpoint_tools.sound(folder, step, ("params",))
+    params, _ = adapters.merge(unflatten(contents.arrays)["params"], load_config(folder.parent))
   flat = flatten(params)
   mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
   _same(f"config.fusion.init={init}", flat, mine)
