@@ -186,8 +186,8 @@ class Bundle:
         raise UsageError(f"{len(prompts)} documents cannot be written out at once; give one")
       return [[say(*common, prompts[0], write, max_tokens=max_tokens, sampling=sampling)]]
     found: dict[int, list[Answer]] = {}
-    for batch in answers(*common, prompts, rows=min(rows, len(prompts)), max_tokens=max_tokens,
-                         sampling=sampling):
+    for batch in answers(*common, prompts, rows=max(min(rows, len(prompts)), 1),
+                         max_tokens=max_tokens, sampling=sampling):
       found |= batch
     return [found[number] for number in range(len(documents))]
 

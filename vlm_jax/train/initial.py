@@ -72,7 +72,10 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
   adapters merged, or those of a checkpoint of Hugging Face."""
   init = Path(config.fusion.init)
   if systems.is_published(init):
-    _, params = systems.read(init, config)
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+      plain.lora.rank = 0  # their files know nothing of adapters that are to be trained
+    _, params = systems.read(init, plain)
   else:
     folder, step = checkpoint_tools.locate(init)
     contents = checkpoint_tools.sound(folder, step, ("params",))
