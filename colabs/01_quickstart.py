@@ -81,15 +81,14 @@ import io
 
 from PIL import Image
 
-from vlm_jax.generate.answer import answer
-from vlm_jax.runs import open_run
+import vlm_jax
 
-config, params, step = open_run(WORKDIR)
+bundle = vlm_jax.load(WORKDIR)
 documents = pipeline.documents(config, "easy_vqa", "test", "single")
 for number in (0, len(documents) // 2):
   picture, question, truth = documents[number].parts
   Image.open(io.BytesIO(picture.data)).save("picture.png")
-  said = answer(config, params, question.text, ["picture.png"])
-  print(f"{question.text} -> {said['text']} (should be {truth.text}), "
-        f"log-probability {said['log_prob']:.3f}")
+  said = bundle.answer(question.text, ["picture.png"])
+  print(f"{question.text} -> {said.text} (should be {truth.text}), "
+        f"log-probability {said.log_prob:.3f}")
 Image.open("picture.png").resize((256, 256))

@@ -81,9 +81,8 @@ print(f"perplexity per token of what was held out: {numbers['eval/mine/perplexit
 # %%
 from PIL import Image
 
-from vlm_jax.generate.answer import answer
-from vlm_jax.runs import open_run
+import vlm_jax
 
-config, params, step = open_run(WORKDIR)
+bundle = vlm_jax.load(WORKDIR)
 Image.new("RGB", (64, 64), "green").save("picture.png")
-print(answer(config, params, "what colour is it?", ["picture.png"])["text"])
+print(bundle.answer("what colour is it?", ["picture.png"]).text)

@@ -23,7 +23,7 @@ FLOORS = [
   ["towers", "connectors", "llm"],
   ["fusion"],
   ["convert", "generate", "evals", "train"],
-  ["configs", "runs", "report", "quickstart", "cli"],
+  ["configs", "recipes", "runs", "bundle", "report", "quickstart", "cli"],
 ]
 LINEN = {"nn", "towers", "connectors", "llm", "fusion"}
 FORBIDDEN = {"torch", "torchvision", "transformers", "pickle", "dill", "joblib"}

@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+import vlm_jax
 from tests.convert import tiny_llava
 from tests.convert.written import Tensors, llama_gguf
 from vlm_jax import runs
@@ -24,7 +25,6 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.data.tokenizer import load as load_tokenizer
-from vlm_jax.generate.answer import answer
 from vlm_jax.train import initial
 from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
@@ -69,7 +69,8 @@ def made(tmp_path_factory):
 def said(made):
   """What the model answers, by our own generation."""
   folder, config, flat = made
-  return answer(config, unflatten(flat), PROMPT, [folder / "a.png"], max_tokens=12)
+  bundle = vlm_jax.Bundle(config, unflatten(flat))
+  return bundle.answer(PROMPT, [folder / "a.png"], max_tokens=12)
 
 
 def test_transformers_generates_the_same_tokens(made, said):
@@ -86,8 +87,8 @@ def test_transformers_generates_the_same_tokens(made, said):
     out = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
   theirs = out[inputs["input_ids"].shape[1]:].tolist()
   assert len(set(theirs)) > 2
-  assert theirs == said["tokens"] + [EOS] * said["stopped"]
-  assert inputs["input_ids"].shape[1] == said["prompt_tokens"]
+  assert theirs == list(said.tokens) + [EOS] * said.stopped
+  assert inputs["input_ids"].shape[1] == said.prompt_tokens
 
 
 def test_a_class_token_is_no_slot(made, tmp_path):
@@ -104,8 +105,9 @@ def test_a_class_token_is_no_slot(made, tmp_path):
 
 def test_back_is_the_run(made):
   folder, config, flat = made
-  again, params, step = runs.open_run(str(folder / "back"))
-  assert step == 0 and again.precision.param == "float32"
+  bundle = vlm_jax.load(folder / "back")
+  again, params = bundle.config, bundle.params
+  assert bundle.step == 0 and again.precision.param == "float32"
   for path, leaf in flatten(params).items():
     np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
   config = config.copy_and_resolve_references()
@@ -119,11 +121,11 @@ def test_commands_take_an_imported_run(made, said, capsys):
   capsys.readouterr()
   assert cli.main(["generate", f"--workdir={folder / 'back'}", f"--prompt={PROMPT}",
                    f"--image={folder / 'a.png'}", "--max-tokens=12", "--json"]) == 0
-  assert json.loads(capsys.readouterr().out)["tokens"] == said["tokens"]
+  assert json.loads(capsys.readouterr().out)["tokens"] == list(said.tokens)
   (folder / "q.jsonl").write_text(json.dumps({"id": 1, "prompt": PROMPT, "image": "a.png"}) + "\n")
   assert cli.main(["predict", f"--workdir={folder / 'back'}", f"--data={folder / 'q.jsonl'}",
                    f"--out={folder / 'p.jsonl'}", "--max-tokens=12", "--batch=1"]) == 0
-  assert json.loads((folder / "p.jsonl").read_text())["prediction"] == said["text"]
+  assert json.loads((folder / "p.jsonl").read_text())["prediction"] == said.text
 
 
 def test_training_starts_from_an_imported_run(made):
@@ -142,8 +144,9 @@ def test_training_starts_from_an_imported_run(made):
       return batches.empty(module.fields(self.config), module.axes(self.config), 2), {}
 
   train(config, folder / "back", make_loader=Tiny)  # its learning rate is 0
-  _, params, step = runs.open_run(str(folder / "back"))
-  assert step == 1
+  bundle = vlm_jax.load(folder / "back")
+  params = bundle.params
+  assert bundle.step == 1
   for path, leaf in flatten(params).items():
     np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
 
@@ -159,7 +162,7 @@ def test_dtype_only_when_asked(made, capsys):
   assert cli.main([*run, f"--out={folder / 'b'}"]) == 0
   assert runs.frozen(folder / "b").precision.param == "bfloat16"
   assert cli.main([*run, f"--out={folder / 'f'}", "--dtype=float32"]) == 0
-  _, params, _ = runs.open_run(str(folder / "f"))
+  params = vlm_jax.load(folder / "f").params
   for path, leaf in flatten(params).items():
     np.testing.assert_array_equal(leaf, flat[path].astype(half).astype(np.float32), err_msg=path)
   # One shard of another dtype.

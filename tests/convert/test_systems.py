@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
+import vlm_jax
 from tests.convert import (
   test_llava_next_parity,
   test_llava_parity,
@@ -133,7 +134,8 @@ def test_there_and_back(system, data, tmp_path, capsys):
   model.save_pretrained(theirs)
   write_tokenizer(theirs, words, roles)
   convert(theirs, "--from=hf", f"--out={run}", f"--config={data / 'recipe.py'}", "--check")
-  config, _, step = runs.open_run(str(run))
+  bundle = vlm_jax.load(run)
+  config, step = bundle.config, bundle.step
   assert config.fusion.name == strategy and step == 0
   capsys.readouterr()
   slots = 0

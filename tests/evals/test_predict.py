@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+import vlm_jax
 from tests.data.broken_source import png
-from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
@@ -13,7 +13,6 @@ from vlm_jax.data import pipeline, template
 from vlm_jax.evals.predict import predict
 from vlm_jax.evals.predictions import read
 from vlm_jax.evals.requests import Request, read_requests
-from vlm_jax.generate.answer import answer
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
 
@@ -72,9 +71,9 @@ def test_a_prediction_is_the_answer_to_one_question(setup, asked, tmp_path):
   rows = {row["key"]: row for row in read(tmp_path / "p.jsonl")}
   for key in ("r0", "r3"):
     request = next(request for request in asked if request.key == key)
-    alone = answer(*setup, request.prompt, request.images, max_tokens=TOKENS)
-    assert rows[key]["prediction"] == alone["text"] and rows[key]["question"] == request.prompt
-    assert rows[key]["log_prob"] == pytest.approx(alone["log_prob"], abs=1e-3)
+    alone = vlm_jax.Bundle(*setup).answer(request.prompt, request.images, max_tokens=TOKENS)
+    assert rows[key]["prediction"] == alone.text and rows[key]["question"] == request.prompt
+    assert rows[key]["log_prob"] == pytest.approx(alone.log_prob, abs=1e-3)
   assert rows["r0"]["prediction"] != rows["r1"]["prediction"] or (
     rows["r0"]["log_prob"] != rows["r1"]["log_prob"])
 
@@ -108,7 +107,7 @@ def test_a_conversation_is_read_up_to_its_last_question(setup, asked, tmp_path):
 
 def test_the_command_answers_conversations(setup, asked, tmp_path, capsys, monkeypatch):
   del asked  # its pictures are there
-  monkeypatch.setattr(runs, "open_run", lambda *args: (*setup, 5))
+  monkeypatch.setattr(vlm_jax, "load", lambda *args, **options: vlm_jax.Bundle(*setup, 5))
   rows = [{"id": "l", "image": "0.png", "conversations": [
     {"from": "human", "value": "<image>\nwhy?"}, {"from": "gpt", "value": "no"}]}]
   (tmp_path / "llava.json").write_text(json.dumps(rows))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.generate.helpers import noise
 from tests.report.test_report import written
-from vlm_jax import runs
+from vlm_jax import bundle
 from vlm_jax.cli import main as cli
 from vlm_jax.core.document import Document, Text
 from vlm_jax.core.errors import USAGE
@@ -20,8 +20,8 @@ from vlm_jax.generate import maps
 def loaded(config, monkeypatch):
   """The parameters that every checkpoint has here, and the steps that were read."""
   params, steps = noise(config), []
-  monkeypatch.setattr(runs, "open_run", lambda path, step, root, outside: (
-    steps.append(step), params, step))
+  monkeypatch.setattr(bundle, "load", lambda path, step, root, outside: (
+    steps.append(step), bundle.Bundle(config, params, step))[1])
   return params, steps
 
 

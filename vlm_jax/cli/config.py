@@ -1,21 +1,21 @@
 """Recipes and flags: `--config=configs/quickstart.py:debug --config.train.steps=100`.
 
-A recipe is a Python file with `get_config(arg)`; it is code, and runs. Fields are changed by flags
-of their dotted name, converted to the type the field has.
+The file is `vlm_jax.recipes`' to run. Fields are changed by flags of their dotted name, converted
+to the type the field has.
 """
 
 import argparse
 import ast
-import importlib.util
-import traceback
-from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.configs import base
-from vlm_jax.core.errors import UsageError, UserError, nearest
+import vlm_jax
+from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.recipes import load as load
 
-FOLDER = Path(base.__file__).parent
+MODELS = ("run directory, RUN/checkpoints/STEP, recipe FILE.py:ARG, or directory of a Hugging Face "
+          "checkpoint")  # what `vlm_jax.load` takes
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -26,78 +26,26 @@ def argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     help="recipe, with the argument of its get_config; change a field with --config.FIELD=VALUE")
 
 
+def model(parser: argparse.ArgumentParser, kinds: str = MODELS) -> None:
+  """Adds the flags that name a model to use, of the `kinds` that the command takes."""
+  parser.add_argument("--workdir", required=True, help=kinds)
+  parser.add_argument("--step", type=int, help="step of the run's checkpoint (default: the newest)")
+  parser.add_argument("--root", help="prepared data, if it is not where the config says")
+  parser.add_argument("--allow-outside", action="store_true",
+                      help="let the frozen config of a run name modules outside vlm_jax; they run "
+                           "code")
+
+
+def open_model(args: argparse.Namespace) -> Any:
+  """The `vlm_jax.Bundle` that the flags of `model` name."""
+  return vlm_jax.load(args.workdir, step=args.step, root=args.root, outside=args.allow_outside)
+
+
 def read(args: argparse.Namespace) -> ConfigDict:
   """The config of `args.config` with `args.overrides` applied, locked."""
   config = load(args.config)
   override(config, args.overrides)
   return config.lock()
-
-
-def find_recipe(path: str) -> Path:
-  """A recipe's file: the path itself, or `configs/NAME.py` inside the installed package.
-
-  Raises:
-    UsageError: there is no such file; names the nearest recipe.
-  """
-  file = Path(path)
-  if file.is_file():
-    return file
-  inside = FOLDER / Path(*file.parts[1:]) if file.parts[:1] == ("configs",) else None
-  if inside is not None and inside.is_file():
-    return inside
-  known = [f"configs/{recipe.name}" for recipe in FOLDER.glob("[!_]*.py")
-           if recipe.name != "base.py"]
-  raise UsageError(f"--config: no file '{path}'; {nearest(path, known)}")
-
-
-def load(spec: str) -> ConfigDict:
-  """Runs the recipe "path/to/file.py:arg" and checks that it added no field.
-
-  Raises:
-    UsageError: no such file, the recipe fails, or it sets a field that does not exist.
-  """
-  path, colon, arg = spec.rpartition(":")
-  if not colon or not path.endswith(".py"):
-    path, arg = spec, ""
-  file = find_recipe(path)
-  try:
-    module_spec = importlib.util.spec_from_file_location("vlm_jax_recipe", file)
-    if module_spec is None or module_spec.loader is None:
-      raise UsageError(f"--config: '{path}' is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise UsageError(f"--config: {path} has no function get_config(arg)")
-    config = module.get_config(arg)
-  except UserError:
-    raise
-  except Exception as error:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == str(file)]
-    where = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-    raise UsageError(f"--config: {path} line {where}: {type(error).__name__}: {error}") from error
-  check(config, path)
-  return config
-
-
-def check(config: ConfigDict, path: str) -> None:
-  """Refuses fields that `configs/base.py` does not have: nobody would ever read them."""
-  models = {"data.sources": base.source(), "evals": base.evaluation()}
-
-  def walk(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
-    if prefix == "fusion.objectives":
-      return
-    for name, value in node.items(preserve_field_references=False):
-      field = f"{prefix}.{name}" if prefix else name
-      if prefix in models:
-        walk(value, models[prefix], field)
-      elif name not in model:
-        raise UsageError(f"--config: {path} sets config.{field}, which does not exist; "
-                         f"{nearest(name, model.keys())}")
-      elif isinstance(value, ConfigDict):
-        walk(value, model[name], field)
-
-  walk(config, base.get_config(), "")
 
 
 def override(config: ConfigDict, overrides: list[tuple[str, str]]) -> None:

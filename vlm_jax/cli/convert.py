@@ -18,9 +18,9 @@ config.connector.init or config.llm.init in a recipe.
 import argparse
 from pathlib import Path
 
-from vlm_jax import runs
+import vlm_jax
 from vlm_jax.cli import config as recipes
-from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.core.errors import UsageError, nearest
 
 SUMMARY = "read or write checkpoints of other programs"
 FROM, TO = ("hf", "gguf"), ("hf", "peft")
@@ -86,7 +86,6 @@ def import_run(args: argparse.Namespace) -> None:
   import numpy as np
 
   from vlm_jax.convert import files, hf_text, safetensors_io, systems, table
-  from vlm_jax.core.tree import flatten
   from vlm_jax.core.writing import new_directory
   from vlm_jax.train import checkpoint_tools
 
@@ -101,7 +100,7 @@ def import_run(args: argparse.Namespace) -> None:
     size = sum(np.prod(shape, dtype=np.int64) for shape in files.shapes(config).values())
     safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
     config, params = systems.read(source, recipe, dtype)
-    config.precision.param = one_dtype(flatten(params))
+    config.precision.param = systems.one_dtype(params)
     tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
                                params, {"imported": str(source.absolute())})
@@ -112,39 +111,22 @@ def import_run(args: argparse.Namespace) -> None:
   told(new)
 
 
-def one_dtype(flat: dict) -> str:
-  """The dtype that all parameters have, the only one that a run can have.
-
-  Raises:
-    DataError: there are several.
-  """
-  kinds: dict[str, str] = {}
-  for path, leaf in flat.items():
-    kinds.setdefault(str(leaf.dtype), path)
-  if len(kinds) > 1 or not set(kinds) <= set(DTYPES):
-    told = ", ".join(f"{path} is {kind}" for kind, path in kinds.items())
-    raise DataError(f"weights: {told}; a run has one of {' or '.join(DTYPES)}, ask for it with "
-                    "--dtype")
-  return next(iter(kinds))
-
-
 def export_run(args: argparse.Namespace) -> None:
   """A run as a published system of Hugging Face, or its adapters as PEFT's."""
   from vlm_jax.convert import adapters, hf_text, parity, systems, table
   from vlm_jax.core.fusion import find_fusion
   from vlm_jax.core.writing import new_directory
-  from vlm_jax.data.pipeline import load_tokenizer
 
-  config, params, step = runs.open_run(args.source, args.step)
+  bundle = vlm_jax.load(args.source, step=args.step)
+  config, params, step = bundle.config, bundle.params, bundle.step
   dtype = table.dtype_of(args.dtype) if args.dtype else None
   if args.to == "peft":
     with new_directory(args.out) as directory:
       adapters.write(directory, config, params)
     print(f"{args.out}: the adapters of checkpoint {step}; base: the same run without them")
     return
-  merged = config.lora.rank > 0
+  merged, tokenizer = config.lora.rank > 0, bundle.tokenizer
   params, config = adapters.merge(params, config)
-  tokenizer = load_tokenizer(config)
   checked = ""
   with new_directory(args.out) as directory:
     systems.writer(config).write(directory, config, params, tokenizer.image,

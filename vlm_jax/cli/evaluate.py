@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from vlm_jax import runs
+from vlm_jax.cli import config as recipes
 from vlm_jax.core.errors import UsageError
 
 SUMMARY = "evaluate a checkpoint of a run, or every one as it comes"
@@ -20,7 +21,7 @@ SUMMARY = "evaluate a checkpoint of a run, or every one as it comes"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
-  runs.arguments(parser)
+  recipes.model(parser, "run directory")
   parser.add_argument("--only", help="comma-separated names of config.evals (default: all)")
   parser.add_argument("--split", help="read this split instead of each evaluation's own")
   parser.add_argument("--new", nargs="+", metavar=("NAME", "FIELD=VALUE"),
@@ -59,7 +60,6 @@ def add(config: Any, new: list[str] | None) -> None:
   """Adds the evaluation of --new to the config of a run."""
   if not new:
     return
-  from vlm_jax.cli.config import override
   from vlm_jax.configs.base import evaluation
 
   name, *fields = new
@@ -71,7 +71,7 @@ def add(config: Any, new: list[str] | None) -> None:
     if "=" not in field:
       raise UsageError(f"--new {name}: '{field}' is no FIELD=VALUE")
   try:
-    override(entry, [tuple(field.split("=", 1)) for field in fields])
+    recipes.override(entry, [tuple(field.split("=", 1)) for field in fields])
   except UsageError as error:
     reason = str(error).replace("--config.", "").replace("config has", "an evaluation has")
     raise UsageError(f"--new {name}: {reason}") from error

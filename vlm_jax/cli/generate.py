@@ -1,13 +1,15 @@
-"""Answers one question about some pictures with a checkpoint of a run.
+"""Answers one question about some pictures.
 
 The answer appears while it is being said; with --json it comes at once, as one object. A picture
 stands where the question says <image>, else before it: "is <image> larger than <image>?"
 """
 
 import argparse
+import dataclasses
 import json
+import time
 
-from vlm_jax import runs
+from vlm_jax.cli import config as recipes
 from vlm_jax.core.errors import UsageError
 
 SUMMARY = "answer a question about pictures"
@@ -15,7 +17,7 @@ SUMMARY = "answer a question about pictures"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
-  runs.arguments(parser)
+  recipes.model(parser)
   parser.add_argument("--prompt", required=True,
                       help="the question; <image> in it is the place of a picture")
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
@@ -35,7 +37,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints the answer."""
-  from vlm_jax.generate.answer import answer
   from vlm_jax.generate.sampling import Sampling
 
   try:
@@ -44,11 +45,14 @@ def run(args: argparse.Namespace) -> None:
     raise UsageError(f"--attention-layers is '{args.attention_layers}'; write whole numbers with "
                      "commas between them") from None
   sampling = Sampling(args.temperature, args.top_p, args.seed)
-  config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
-  said = answer(config, params, args.prompt, args.image, max_tokens=args.max_tokens,
-                sampling=sampling, write=None if args.json else show,
-                attention_map=args.attention_map, attention_layers=layers)
-  print(json.dumps({"step": step, **said}) if args.json else "", flush=True)
+  start = time.perf_counter()
+  bundle = recipes.open_model(args)
+  said = bundle.answer(args.prompt, args.image, max_tokens=args.max_tokens, sampling=sampling,
+                       write=None if args.json else show, attention_map=args.attention_map,
+                       attention_layers=layers)
+  seconds = time.perf_counter() - start
+  print(json.dumps({"step": bundle.step, **dataclasses.asdict(said), "seconds": seconds})
+        if args.json else "", flush=True)
 
 
 def show(text: str) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
   "train": "vlm_jax.cli.train",
   "evaluate": "vlm_jax.cli.evaluate",
   "generate": "vlm_jax.cli.generate",
+  "chat": "vlm_jax.cli.chat",
   "predict": "vlm_jax.cli.predict",
   "convert": "vlm_jax.cli.convert",
   "score": "vlm_jax.cli.score",

@@ -1,4 +1,4 @@
-"""Answers a file of prompts with a checkpoint of a run, into a file of predictions.
+"""Answers a file of prompts with a model, into a file of predictions.
 
 --data is one of
   *.jsonl  lines of {"id", "prompt", "image"}; "image" is a file name, a list, or missing
@@ -13,14 +13,14 @@ The same command continues a file that was interrupted; answered ids are not ask
 import argparse
 import json
 
-from vlm_jax import runs
+from vlm_jax.cli import config as recipes
 
 SUMMARY = "answer a file of prompts, into JSON lines"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
-  runs.arguments(parser)
+  recipes.model(parser)
   parser.add_argument("--data", required=True, metavar="FILE", help="what is asked")
   parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="predictions, continued")
   parser.add_argument("--images", metavar="DIR",
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
   from vlm_jax.evals.requests import read_requests
 
   requests = read_requests(args.data, images=args.images, prompt=args.prompt)
-  config, params, step = runs.open_run(args.workdir, args.step, args.root, args.allow_outside)
+  bundle = recipes.open_model(args)
   from vlm_jax.evals.predict import predict
 
   def report(progress: dict) -> None:
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
       print("{done:,} of {total:,} answered, {bad:,} unreadable, {per_second:.1f}/s"
             .format(**progress), flush=True)
 
-  last = predict(config, params, requests, args.out, step=step, batch=args.batch,
-                 max_tokens=args.max_tokens, report=report)
+  last = predict(bundle.config, bundle.params, requests, args.out, step=bundle.step,
+                 batch=args.batch, max_tokens=args.max_tokens, report=report)
   if args.json:
-    print(json.dumps({**last, "step": step, "out": args.out}))
+    print(json.dumps({**last, "step": bundle.step, "out": args.out}))
   else:
-    print(f"{args.out}: {last['done']:,} predictions of checkpoint {step}, {last['bad']:,} of them "
-          "unreadable requests")
+    print(f"{args.out}: {last['done']:,} predictions of checkpoint {bundle.step}, {last['bad']:,} "
+          "of them unreadable requests")

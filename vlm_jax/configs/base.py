@@ -4,6 +4,9 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 
+MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
+COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
+
 
 def source(**overrides) -> ConfigDict:
   """One data source of the mix.
@@ -47,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip: width of the space that pictures and texts share
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
+      init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
     )
   )
   config.tower = ConfigDict(
@@ -266,3 +270,34 @@ def evaluation(**overrides) -> ConfigDict:
   with config.unlocked():
     config.update(overrides)
   return config
+
+
+def fill(config: ConfigDict, path: str) -> list[str]:
+  """Adds the fields of this file that a config lacks, and returns them as "name=value".
+
+  Raises:
+    UsageError: one of them decides the model; the sentence names `path`, where it belongs.
+  """
+  models, filled = {"data.sources": source(), "evals": evaluation()}, []
+
+  def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
+    if prefix in models:
+      for name in node:
+        visit(node[name], models[prefix], f"{prefix}.{name}")
+      return
+    if prefix == "fusion.objectives":
+      return  # the strategy names them, and training has refused what is none
+    for name, default in model.items():
+      field = f"{prefix}.{name}" if prefix else name
+      if name in node:
+        if isinstance(default, ConfigDict):
+          visit(node[name], default, field)
+        continue
+      if field.split(".")[0] in MODEL and name not in COMPUTED:
+        raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
+                         f"there as it was in the version that trained it (now: {default!r})")
+      node[name] = default
+      filled.append(f"{field}={default!r}" if not isinstance(default, ConfigDict) else field)
+
+  visit(config, get_config(), "")
+  return filled

@@ -8,6 +8,8 @@ A converter is a module with MODEL_TYPES, FUSIONS (the strategies that it writes
   shapes(config), entries(config)                                      parameters, their tensors
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +18,23 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import llava, paligemma, safetensors_io, two_towers
-from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.convert import hf_text, llava, paligemma, safetensors_io, two_towers
+from vlm_jax.core import precision
+from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
+from vlm_jax.core.writing import write_atomically
 
 CONVERTERS = (llava, paligemma, two_towers)
+
+
+def is_published(directory: str | os.PathLike) -> bool:
+  """Whether a directory holds a checkpoint of Hugging Face."""
+  try:
+    found = json.loads((Path(directory) / "config.json").read_text())
+  except (OSError, ValueError):
+    return False
+  return isinstance(found, dict) and "model_type" in found
 
 
 def reader(theirs: dict[str, Any]) -> ModuleType:
@@ -81,3 +95,46 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   return reader(theirs).read(directory, config, dtype)
+
+
+def one_dtype(params: Params) -> str:
+  """The dtype that all parameters have, the only one that a run can have.
+
+  Raises:
+    DataError: there are several.
+  """
+  kinds: dict[str, str] = {}
+  for path, leaf in flatten(params).items():
+    kinds.setdefault(str(leaf.dtype), path)
+  if len(kinds) > 1 or not set(kinds) <= set(precision.DTYPES):
+    told = ", ".join(f"{path} is {kind}" for kind, path in kinds.items())
+    raise DataError(f"weights: {told}; a run has one of {' or '.join(precision.DTYPES)}, ask for "
+                    "it with --dtype")
+  return next(iter(kinds))
+
+
+def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: str | os.PathLike
+                    ) -> list[str]:
+  """Sets `config.data.tokenizer` to a file in `folder` that holds a checkpoint's tokenizer.
+
+  The file is named by its content, so a second call finds what the first one wrote.
+
+  Args:
+    directory: of the checkpoint.
+    config: of its model; the tokenizer is changed.
+    folder: made if missing.
+
+  Returns:
+    A line for every mark that the model has yet to learn, see `hf_text.adopt`.
+
+  Raises:
+    UsageError, DataError: as `hf_text.read`.
+    DiskError: the file cannot be written.
+  """
+  tokenizer, new = hf_text.read(Path(directory), config.llm.vocab_size, config.data.template)
+  text = tokenizer.to_str()
+  path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
+  if not path.exists():
+    write_atomically(path, text)
+  config.data.tokenizer = str(path)
+  return new

@@ -169,6 +169,11 @@ def _open(data: bytes, how: Decoding, size: int) -> Image.Image:
   except Exception as error:  # a broken header raises whatever the format's parser raises
     raise BadExample("truncated", str(error)) from error
   _check(image.size, how)
+  return _loaded(image, how, size)
+
+
+def _loaded(image: Image.Image, how: Decoding, size: int) -> Image.Image:
+  """Every pixel of an image whose header was checked, upright and in RGB."""
   try:
     if how.draft and size:
       _reduce(image, how, size)
@@ -178,6 +183,21 @@ def _open(data: bytes, how: Decoding, size: int) -> Image.Image:
   with contextlib.suppress(Exception):  # unreadable EXIF data says nothing about the orientation
     ImageOps.exif_transpose(image, in_place=True)
   return _rgb(image, how)
+
+
+def of_pillow(image: Image.Image, how: Decoding) -> np.ndarray:
+  """The pixels u8[H,W,3] of an image that somebody opened, every one of them, as `decode` makes
+  them of its file; the image itself stays as it is.
+
+  Raises:
+    BadExample: as in `decode`.
+  """
+  _check(image.size, how)
+  try:
+    own = image.copy()
+  except Exception as error:
+    raise BadExample("truncated", str(error)) from error
+  return np.array(_loaded(own, how, 0), np.uint8)
 
 
 def _begins(data: bytes) -> bool:

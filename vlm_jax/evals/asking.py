@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded
@@ -18,9 +17,8 @@ from vlm_jax.core.typing import Params
 from vlm_jax.data import template
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.evals.questions import Question, cut, questions_of
-from vlm_jax.evals.reading import BUCKET, Split, check, with_controls
-from vlm_jax.generate.decode import generate
-from vlm_jax.generate.prompts import by_length, layouts, stack
+from vlm_jax.evals.reading import Split, check, with_controls
+from vlm_jax.generate.answer import Answer, answers
 
 WINDOW = 32  # batches whose prompts are sorted by length together
 
@@ -110,22 +108,16 @@ def _answers(
   prompts: list[Prompt],
 ) -> list[dict]:
   """The predictions of some prompts, in their order."""
-  laid_out = layouts([encoded for encoded, _ in prompts], config)
-  out: list[list[dict]] = [[] for _ in prompts]
-  turns = entry.together if any(encoded.branched for encoded, _ in prompts) else 1
-  for chosen in by_length(laid_out, entry.batch):
-    batch = stack([laid_out[i] for i in chosen], config, rows=entry.batch, bucket=BUCKET,
-                  turns=turns)
-    said = generate(config, params, batch, max_tokens=entry.max_tokens, stop=(tokenizer.eos,))
-    tokens, lengths = np.asarray(said.tokens), np.asarray(said.lengths)
-    log_probs = np.asarray(said.log_probs).sum(-1)
-    for row, index in enumerate(chosen):
-      for turn, question in enumerate(prompts[index][1]):
-        text = tokenizer.decode(tokens[row, turn, : lengths[row, turn]]).strip()
-        out[index].append({
-          "key": question.key, "document": question.document, "question": question.text,
-          "prediction": text,
-          "answers": question.answers,  # the object itself: captions gather references in it
-          "log_prob": float(log_probs[row, turn]),
-        })
-  return [record for records in out for record in records]
+  encoded = [prompt for prompt, _ in prompts]
+  turns = entry.together if any(prompt.branched for prompt in encoded) else 1
+  found: dict[int, list[Answer]] = {}
+  for batch in answers(config, params, tokenizer, encoded, rows=entry.batch,
+                       max_tokens=entry.max_tokens, turns=turns):
+    found |= batch
+  return [{
+    "key": question.key, "document": question.document, "question": question.text,
+    "prediction": said.text,
+    "answers": question.answers,  # the object itself: captions gather references in it
+    "log_prob": said.log_prob,
+  } for index, (_, questions) in enumerate(prompts)
+    for question, said in zip(questions, found[index], strict=True)]

@@ -33,18 +33,20 @@ def images(config: ConfigDict, params: Params, documents: Sequence[Encoded], row
   Raises:
     UsageError: a document that the strategy cannot lay out.
   """
-  return _of(config, params, documents, rows, "media", "image")
+  return of(config, params, documents, rows, "media").image
 
 
 def texts(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int
           ) -> np.ndarray:
   """Unit vectors f32[n,E] of the texts of n documents; arguments and errors as `images`."""
-  return _of(config, params, documents, rows, "documents", "text")
+  return of(config, params, documents, rows, "documents").text
 
 
-def _of(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int, kind: str,
-        part: str) -> np.ndarray:
-  """The embeddings of one part, whose arrays are those of `kind`; each document in its own row."""
+def of(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int, kind: str
+       ) -> Embeddings:
+  """The embeddings f32[n,E] of the arrays of one kind, "media" or "documents", with the scale and
+  bias of the model; each document in its own row. Arguments and errors as `images`.
+  """
   module, frozen = find_fusion(config), FrozenConfigDict(config)
   fields = {path: field for path, field in module.fields(config).items()
             if path.split("/")[0] == kind}
@@ -57,6 +59,7 @@ def _of(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: 
       arrays = module.layout(document, config, np.random.default_rng(0)).arrays
       for path in fields:
         flat[path][row] = arrays[path]
-    out = getattr(embeddings(frozen, params, flat), part)
-    found.append(np.asarray(out)[: len(chosen), 0])
-  return np.concatenate(found)
+    found.append((jax.device_get(embeddings(frozen, params, flat)), len(chosen)))
+  join = lambda part: None if getattr(found[0][0], part) is None else np.concatenate(
+    [getattr(out, part)[:count, 0] for out, count in found])
+  return Embeddings(join("image"), join("text"), found[0][0].scale, found[0][0].bias)

@@ -32,6 +32,24 @@ def log_likelihoods(config: FrozenConfigDict, params: Params, flat: dict[str, Ar
                                soft_cap=output.soft_cap)
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def logits(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Array:
+  """f32[B,T,V] of every slot of a batch."""
+  return find_fusion(config).Model(config).apply({"params": params}, from_flat(flat)).logits()
+
+
+def logits_of_layouts(
+  config: ConfigDict, params: Params, laid_out: Sequence[Layout], rows: int
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (number of the document, logits f32[t,V] of its slots); see `of_layouts`."""
+  frozen, stream = FrozenConfigDict(config), find_fusion(config).STREAM
+  for chosen in by_length(laid_out, rows):
+    flat = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET).flat
+    found = np.asarray(logits(frozen, params, flat))
+    for row, index in enumerate(chosen):
+      yield index, found[row, : laid_out[index].sizes[stream]]
+
+
 def of_layouts(
   config: ConfigDict, params: Params, laid_out: Sequence[Layout], rows: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Text
@@ -16,11 +15,8 @@ from vlm_jax.data import pipeline, template
 from vlm_jax.data.bad import BadExample
 from vlm_jax.evals.asking import WINDOW
 from vlm_jax.evals.predictions import Appender
-from vlm_jax.evals.reading import BUCKET
 from vlm_jax.evals.requests import Request
-from vlm_jax.generate.answer import ask
-from vlm_jax.generate.decode import generate
-from vlm_jax.generate.prompts import by_length, layouts, stack
+from vlm_jax.generate.answer import answers, ask
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -118,14 +114,8 @@ def _batches(config: ConfigDict, params: Params, requests: list[Request], batch:
       bad.append({"key": request.key, "error": str(error)})
   if bad:
     yield bad
-  laid_out = layouts(encoded, config)
-  for chosen in by_length(laid_out, batch):
-    prompts = stack([laid_out[i] for i in chosen], config, rows=batch, bucket=BUCKET)
-    said = generate(config, params, prompts, max_tokens=max_tokens, stop=(tokenizer.eos,))
-    tokens, lengths = np.asarray(said.tokens)[:, 0], np.asarray(said.lengths)[:, 0]
-    log_probs, stopped = np.asarray(said.log_probs)[:, 0].sum(-1), np.asarray(said.stopped)[:, 0]
+  for said in answers(config, params, tokenizer, encoded, rows=batch, max_tokens=max_tokens):
     yield [{
-      "key": asked[index].key, "question": asked[index].prompt,
-      "prediction": tokenizer.decode(tokens[row, : lengths[row]]).strip(),
-      "log_prob": float(log_probs[row]), "stopped": bool(stopped[row]),
-    } for row, index in enumerate(chosen)]
+      "key": asked[index].key, "question": asked[index].prompt, "prediction": answer.text,
+      "log_prob": answer.log_prob, "stopped": answer.stopped,
+    } for index, (answer,) in said.items()]

@@ -14,7 +14,6 @@ from vlm_jax.data.bad import Bad, BadExample, Tally
 from vlm_jax.evals.bootstrap import interval
 
 T = TypeVar("T")
-BUCKET = 64  # rows are padded to a multiple of this, so that few programs are compiled
 
 
 class Split:

@@ -1,102 +1,137 @@
-"""One question about some pictures, answered: what `vlm-jax generate` prints."""
+"""Questions as documents, and their answers: all at once in batches, or one while it is said."""
 
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image as PIL
 
-from vlm_jax.core.document import Document, Image, Pixels, Text
-from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
+from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Params
-from vlm_jax.data import images as image_files
-from vlm_jax.data import pipeline, template
-from vlm_jax.data.bad import REASONS, BadExample
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.generate import maps
-from vlm_jax.generate.decode import generate, stream
-from vlm_jax.generate.prompts import layouts, slots, stack
+from vlm_jax.generate.decode import Generated, generate, stream
+from vlm_jax.generate.prompts import by_length, layouts, slots, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
 
 MARK = "<image>"  # in a prompt: the next picture stands here
 BUCKET = 64  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
-def answer(
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What was said in one open turn.
+
+  Attributes:
+    text: the words.
+    tokens: their ids.
+    log_prob: of the answer and its end, at temperature 1.
+    stopped: whether the model ended it; else `max_tokens` did.
+    prompt_tokens: slots of the prompt, images included.
+    image_tokens: those of the images.
+  """
+
+  text: str
+  tokens: tuple[int, ...]
+  log_prob: float
+  stopped: bool
+  prompt_tokens: int
+  image_tokens: int
+
+
+def answers(
   config: ConfigDict,
   params: Params,
-  prompt: str,
-  images: Sequence[str | Path] = (),
+  tokenizer: Tokenizer,
+  prompts: Sequence[Encoded],
   *,
-  max_tokens: int = 32,
+  rows: int,
+  max_tokens: int,
   sampling: Sampling = GREEDY,
-  write: Callable[[str], None] | None = None,
-  attention_map: str | Path = "",
-  attention_layers: Sequence[int] = (),
-) -> dict[str, Any]:
-  """Answers a question.
+  turns: int = 1,
+) -> Iterator[dict[int, list[Answer]]]:
+  """Answers prompts, `rows` of about equal length at a time.
 
   Args:
     config: of the run.
     params: the parameters.
-    prompt: the question; an `<image>` in it says where the next picture stands.
-    images: files, shown in this order; before the question when it has no `<image>`.
-    max_tokens: the answer is cut there.
-    sampling: how to choose tokens.
-    write: gets the answer in pieces of whole characters while it is being said; None: nobody does.
-    attention_map: PNG file to draw the attention over the pictures of every word in, "" for none.
-    attention_layers: the layers to average there, (): all; see `maps.word_maps`.
+    tokenizer: of the run.
+    prompts: encoded prompts.
+    rows: of one compiled call.
+    max_tokens: an answer is cut there.
+    sampling: how to choose tokens; a prompt draws by its number, whatever it is batched with.
+    turns: see `prompts.stack`.
 
-  Returns:
-    {"text", "tokens": the ids of the answer, "log_prob": of the answer and its end, "stopped":
-    whether the model ended it, "prompt_tokens": slots of the prompt, images included,
-    "image_tokens": those of the images, "seconds": wall-clock time, compilation included}.
+  Yields:
+    Of every batch the numbers of its prompts, and the answers to their open turns in order.
 
   Raises:
-    UsageError: an empty prompt, max_tokens below 1, a number of `<image>` that is not the images',
-      an `attention_map` that is no PNG, or as `maps.word_maps`.
-    DataError: an image that is missing or cannot be read.
-    DiskError: `attention_map` is in no directory or cannot be written.
+    UsageError: max_tokens below 1, or as `prompts.layouts`.
   """
+  check_tokens(max_tokens)
+  laid_out = layouts(prompts, config)
+  for chosen in by_length(laid_out, rows):
+    batch = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET, turns=turns)
+    numbers = sampling.seed + np.pad(chosen, (0, rows - len(chosen)))
+    said = jax.device_get(generate(config, params, batch, max_tokens=max_tokens,
+                                   stop=(tokenizer.eos,), sampling=sampling, seeds=numbers))
+    yield {index: [_answer(config, tokenizer, prompts[index], laid_out[index], said, row, turn)
+                   for turn in range((batch.ends[row] >= 0).sum())]
+           for row, index in enumerate(chosen)}
+
+
+def say(
+  config: ConfigDict,
+  params: Params,
+  tokenizer: Tokenizer,
+  prompt: Encoded,
+  write: Callable[[str], None],
+  *,
+  max_tokens: int,
+  sampling: Sampling = GREEDY,
+) -> Answer:
+  """Answers one prompt of one open turn, and hands the answer out while it is being said.
+
+  Args:
+    config, params, tokenizer, max_tokens, sampling: as in `answers`.
+    prompt: the encoded prompt.
+    write: gets the answer in pieces of whole characters.
+
+  Raises:
+    UsageError: as in `answers`, or several open turns.
+  """
+  check_tokens(max_tokens)
+  laid_out = layouts([prompt], config)
+  batch = stack(laid_out, config, rows=1, bucket=BUCKET)
+  if batch.ends.shape[1] > 1:
+    raise UsageError(f"document {prompt.key} has {batch.ends.shape[1]} open turns, which cannot be "
+                     "written out at once; give one question, or leave `write` out")
+  speaker = Speaker(tokenizer, write)
+  for said in stream(config, params, batch, max_tokens=max_tokens, stop=(tokenizer.eos,),
+                     sampling=sampling):
+    speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
+  speaker.finish()
+  return _answer(config, tokenizer, prompt, laid_out[0], said, 0, 0)
+
+
+def check_tokens(max_tokens: int) -> None:
+  """Raises a UsageError when no token may be said."""
   if max_tokens < 1:
     raise UsageError(f"--max-tokens is {max_tokens}; use 1 or more")
-  if attention_map:
-    maps.check(config, len(images), attention_layers)
-    _check_place(Path(attention_map))
-  start = time.perf_counter()
-  tokenizer, decode_image = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
-  pictures = tuple(_read(path, decode_image) for path in images)
+
+
+def _answer(config: ConfigDict, tokenizer: Tokenizer, prompt: Encoded, laid_out: Layout,
+            said: Generated, row: int, turn: int) -> Answer:
+  """One open turn of what was said."""
   module = find_fusion(config)
-  encoded = template.encode_prompt(ask(config, prompt, pictures), tokenizer, decode_image)
-  laid_out = layouts([encoded], config)
-  prompts = stack(laid_out, config, rows=1, bucket=BUCKET)
-  options: dict[str, Any] = {"max_tokens": max_tokens, "stop": (tokenizer.eos,),
-                             "sampling": sampling}
-  if write is None:
-    said = generate(config, params, prompts, **options)
-  else:
-    speaker = Speaker(tokenizer, write)
-    for said in stream(config, params, prompts, **options):
-      speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
-    speaker.finish()
-  tokens = np.asarray(said.tokens)[0, 0, : int(said.lengths[0, 0])].tolist()
-  if attention_map:
-    found = maps.word_maps(config, params, encoded, tokens, tokenizer, attention_layers)
-    _save(maps.draw(found, encoded.images), attention_map)
-  return {
-    "text": tokenizer.decode(tokens).strip(),
-    "tokens": tokens,
-    "log_prob": float(np.asarray(said.log_probs)[0, 0].sum()),
-    "stopped": bool(said.stopped[0, 0]),
-    "prompt_tokens": slots(laid_out[0]),
-    "image_tokens": sum(len(module.order(config, part)) for part in encoded.parts
-                        if isinstance(part, Pixels)),
-    "seconds": time.perf_counter() - start,
-  }
+  tokens = said.tokens[row, turn, : said.lengths[row, turn]].tolist()
+  images = [part for part in prompt.parts if isinstance(part, Pixels)]
+  return Answer(tokenizer.decode(tokens).strip(), tuple(tokens),
+                float(said.log_probs[row, turn].sum()), bool(said.stopped[row, turn]),
+                slots(laid_out), sum(len(module.order(config, image)) for image in images))
 
 
 def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "prompt"
@@ -174,27 +209,3 @@ class Speaker:
     if len(text) > len(self._shown):
       self._write(text[len(self._shown) :])
       self._shown = text
-
-
-def _check_place(path: Path) -> None:
-  if path.suffix.lower() != ".png":
-    raise UsageError(f"--attention-map is {path}; give it a name that ends in .png")
-  if not (folder := path.absolute().parent).is_dir():
-    raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
-
-
-def _save(picture: PIL.Image, path: str | Path) -> None:
-  try:
-    picture.save(path)
-  except OSError as error:
-    raise DiskError(f"--attention-map {path} cannot be written ({error.strerror}); free space or "
-                    "choose another file") from error
-
-
-def _read(path: str | Path, decode_image: template.DecodeImage) -> Image:
-  try:
-    image = Image(image_files.read(str(path)))
-    decode_image(image)  # to name the file if it cannot be
-    return image
-  except BadExample as error:
-    raise DataError(f"--image {path}: {REASONS[error.reason]}; choose another file") from error

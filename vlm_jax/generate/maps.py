@@ -7,6 +7,7 @@ the layers, a mean over their heads. The slot before a token is the one that pre
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Tokens
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import DiskError, UsageError
 from vlm_jax.core.fusion import find_fusion, find_llm, find_tower
 from vlm_jax.core.typing import Params
 from vlm_jax.data.tokenizer import Tokenizer
@@ -186,3 +187,20 @@ def heat(levels: np.ndarray, pixels: np.ndarray) -> Image.Image:
   colour = np.concatenate([np.clip(2 * level, 0, 1), np.clip(2 * level - 0.9, 0, 1),
                            0.35 * (1 - level)], -1)
   return Image.fromarray(np.uint8(0.4 * np.asarray(picture(pixels)) + 0.6 * 255 * colour))
+
+
+def check_place(path: Path) -> None:
+  """Raises a UsageError or DiskError when no PNG can be at `path`."""
+  if path.suffix.lower() != ".png":
+    raise UsageError(f"--attention-map is {path}; give it a name that ends in .png")
+  if not (folder := path.absolute().parent).is_dir():
+    raise DiskError(f"--attention-map: there is no directory {folder}; make it or choose another")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+  """Writes a drawing; a DiskError when that fails."""
+  try:
+    picture.save(path)
+  except OSError as error:
+    raise DiskError(f"--attention-map {path} cannot be written ({error.strerror}); free space or "
+                    "choose another file") from error

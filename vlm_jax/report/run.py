@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import runs
+from vlm_jax import bundle, runs
 from vlm_jax.configs import base
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.typing import Params
@@ -85,7 +85,8 @@ def read(workdir: str | Path, root: str | None = None, outside: bool = False) ->
     sources=_json(Path(config.data.root) / "manifest.json").get("sources", {}),
     checkpoints=checkpoints,
     shapes=_shapes(checkpoints),
-    params=functools.cache(lambda step: runs.open_run(str(path), step, root, outside)[1]),
+    params=functools.cache(
+      lambda step: bundle.load(path, step=step, root=root, outside=outside).params),
   )
 
 

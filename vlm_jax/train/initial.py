@@ -1,8 +1,10 @@
 """Where a new run's parameters come from beside the draw of its seed: `init` of config nodes.
 
-`config.tower.init`, `config.connector.init` and `config.llm.init` name weights in any known format
-(`convert.sources`) or another run; `config.lora.init` names adapters of PEFT. They are read once: a
-resumed run has its own checkpoint and does not need them.
+`config.fusion.init` names a whole model, a run or a checkpoint of Hugging Face;
+`config.tower.init`, `config.connector.init` and `config.llm.init` name weights of single modules in
+any known format (`convert.sources`) or another run, and replace what the whole model has;
+`config.lora.init` names adapters of PEFT. They are read once: a resumed run has its own checkpoint
+and does not need them.
 """
 
 from pathlib import Path
@@ -11,13 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import adapters, sources
+from vlm_jax.convert import adapters, sources, systems
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 from vlm_jax.train import checkpoint_tools
 from vlm_jax.train.state import Leaf
+from vlm_jax.train.workdir import load_config
 
 NODES = tuple(sources.FLOORS)
 
@@ -36,7 +39,7 @@ def read(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
     UsageError: there are no weights of a known kind.
     DataError: they are damaged or of another model; the sentence names field and tensor.
   """
-  found: dict[str, np.ndarray] = {}
+  found = _whole(config, leaves) if config.fusion.init else {}
   for node in NODES:
     if not config[node].init:
       continue
@@ -64,16 +67,41 @@ def place(params: Params, found: dict[str, np.ndarray]) -> Params:
   })
 
 
+def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+  """All parameters but adapters: those of the newest or the named checkpoint of a run, with its own
+  adapters merged, or those of a checkpoint of Hugging Face."""
+  init = Path(config.fusion.init)
+  if systems.is_published(init):
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+      plain.lora.rank = 0  # their files know nothing of adapters that are to be trained
+    _, params = systems.read(init, plain)
+  else:
+    folder, step = checkpoint_tools.locate(init)
+    contents = checkpoint_tools.sound(folder, step, ("params",))
+    params, _ = adapters.merge(unflatten(contents.arrays)["params"], load_config(folder.parent))
+  flat = flatten(params)
+  mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+  _same(f"config.fusion.init={init}", flat, mine)
+  return {path: array.astype(mine[path].dtype) for path, array in flat.items()}
+
+
+def _same(field: str, theirs: dict[str, np.ndarray], leaves: dict[str, Leaf], node: str = ""
+          ) -> None:
+  """Raises a DataError that names the field when the parameters are not those of the model."""
+  for path in sorted(theirs.keys() | leaves.keys()):
+    shape = theirs[path].shape if path in theirs else "missing"
+    expected = leaves[path].shape if path in leaves else "no such parameter"
+    if shape != expected:
+      raise DataError(f"{field}: {node}{path} is {shape}, expected {expected}; the weights are of "
+                      "another model")
+
+
 def _of_run(run: str, node: str, leaves: dict[str, Leaf], dtype: np.dtype) -> dict[str, np.ndarray]:
   """The node's parameters in the newest checkpoint of a run."""
   contents = checkpoint_tools.sound(*checkpoint_tools.locate(run), ("params",))
   prefix = f"params/{node}/"
   theirs = {path.removeprefix(prefix): array for path, array in contents.arrays.items()
             if path.startswith(prefix) and not is_adapter(path)}
-  for path in sorted(theirs.keys() | leaves.keys()):
-    shape = theirs[path].shape if path in theirs else "missing"
-    expected = leaves[path].shape if path in leaves else "no such parameter"
-    if shape != expected:
-      raise DataError(f"config.{node}.init={run}: {node}/{path} is {shape}, expected {expected}; "
-                      "the run is of another model")
+  _same(f"config.{node}.init={run}", theirs, leaves, f"{node}/")
   return {path: array.astype(dtype) for path, array in theirs.items()}
