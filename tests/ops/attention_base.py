@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.core.mask import IntervalMask
-from vlm_jax.ops.attention import DistanceBias, dense, make_plan, pallas_tpu, xla
+from vlm_jax.ops.attention import (
+  DistanceBias,
+  cudnn,
+  dense,
+  make_plan,
+  pallas_tpu,
+  tokamax,
+  xla,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +28,27 @@ class Runner:
   Attributes:
     attend: its function.
     blocks: block sizes of the plan.
-    biased: whether it adds a bias of T x S.
+    lacks: what it declines, of "bias", "k_bias", "soft_cap", "lse", "classes", "k_index".
   """
 
   attend: Callable
   blocks: tuple[int, int] = (16, 24)
-  biased: bool = True
+  lacks: frozenset[str] = frozenset()
 
 
 RUNNERS = {
   "xla": Runner(xla.attend),
   "dense": Runner(dense.attend),
   # Its smallest blocks are wider than these packs; test_pallas_tpu.py has packs of many blocks.
-  "pallas_tpu": Runner(functools.partial(pallas_tpu.attend, interpret=True), (128, 128), False),
+  "pallas_tpu": Runner(functools.partial(pallas_tpu.attend, interpret=True), (128, 128),
+                       frozenset({"bias"})),
+  "cudnn": Runner(functools.partial(cudnn.attend, implementation="xla"),
+                  lacks=frozenset({"bias", "k_bias", "soft_cap", "lse"})),
 }
+if importlib.util.find_spec("tokamax"):  # optional, Python 3.12
+  RUNNERS["tokamax"] = Runner(
+    functools.partial(tokamax.attend, operator="xla"),
+    lacks=frozenset({"bias", "k_bias", "lse", "classes", "k_index"}))
 HERE = ("xla", "dense")  # those that `attention` can choose on this platform
 
 POLICIES = ("causal", "prefix", "spans", "own_image", "window", "last_image_cross", "last_image",
@@ -123,7 +139,10 @@ def random_bias(rng, kind: str, batch: int, heads: int, length: int, keys: int):
 
 
 def run(runner: Runner, x: dict, mask: IntervalMask, soft_cap=None, compiled: dict | None = None):
-  """out, lse and gradients {q, k, v, bias, k_bias} of the weighed sum; None for what is absent."""
+  """out, lse and gradients {q, k, v, bias, k_bias} of the weighed sum; None for what is absent.
+
+  A runner that lacks the lse weighs out alone, like an oracle whose `weigh_lse` is 0.
+  """
   moved = {name: x[name] for name in ("q", "k", "v", "bias", "k_bias")}
 
   def both(moved, mask, weigh_out, weigh_lse):
@@ -133,8 +152,10 @@ def run(runner: Runner, x: dict, mask: IntervalMask, soft_cap=None, compiled: di
     def total(moved):
       out, lse = runner.attend(mask=mask, plan=plan, scale=moved["q"].shape[-1] ** -0.5,
                                soft_cap=soft_cap, **moved)
-      finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
-      return (out.astype(jnp.float32) * weigh_out).sum() + (finite * weigh_lse).sum(), (out, lse)
+      weighed = (out.astype(jnp.float32) * weigh_out).sum()
+      if lse is not None:
+        weighed += (jnp.where(jnp.isneginf(lse), 0.0, lse) * weigh_lse).sum()
+      return weighed, (out, lse)
 
     grads, (out, lse) = jax.grad(total, has_aux=True, allow_int=True)(moved)
     return out, lse, grads

@@ -39,38 +39,53 @@ CASES = {
 each_runner = pytest.mark.parametrize("name", RUNNERS)
 
 
-def make(rng, policy, biased=True, length=70, rows=2):
-  """The mask, inputs and soft-cap of a policy's case, its bias left out unless `biased`."""
+def make(rng, policy, lacks=frozenset(), length=70, rows=2):
+  """The mask, inputs and soft-cap of a policy's case, without what a runner lacks."""
   heads, groups, width, soft_cap, bias, k_bias = CASES[policy]
   mask, keys = random_pack(rng, rows, length, policy)
   x = inputs(rng, rows, length, keys, heads, groups, width)
-  x["bias"] = random_bias(rng, bias if biased else "none", rows, heads, length, keys)
-  if k_bias:
+  x["bias"] = random_bias(rng, "none" if "bias" in lacks else bias, rows, heads, length, keys)
+  if k_bias and "k_bias" not in lacks:
     x["k_bias"] = rng.normal(size=(rows, keys)).astype(np.float32)
-  return mask, x, soft_cap
+  if "lse" in lacks:
+    x["weigh_lse"][:] = 0
+  return mask, x, None if "soft_cap" in lacks else soft_cap
 
 
-def breakages(policy, biased):
+def breakages(policy, x, soft_cap):
   """What could go wrong, and which result must show it."""
-  heads, groups, _, soft_cap, bias, k_bias = CASES[policy]
-  found = {"off_by_one": "out", "lse_ignored": "q"}
+  heads, groups = CASES[policy][:2]
+  found = {"off_by_one": "out"}
+  found |= {"lse_ignored": "q"} if x["weigh_lse"].any() else {}
   found |= {"class_ignored": "out"} if policy in CLASSES else {}
   found |= {"groups_swapped": "out"} if groups > 1 else {}
   found |= {"cap_ignored": "out"} if soft_cap else {}
-  found |= {"bias_heads_swapped": "out"} if biased and bias != "none" and heads > 1 else {}
-  return found | ({"k_bias_ignored": "out"} if k_bias else {})
+  found |= {"bias_heads_swapped": "out"} if x["bias"] is not None and heads > 1 else {}
+  return found | ({"k_bias_ignored": "out"} if x["k_bias"] is not None else {})
+
+
+def classes_of(policy):
+  return ("classes",) if policy in CLASSES else ()
+
+
+def runner_of(name, *needed):
+  """The runner, or the test is skipped because it declines what is needed."""
+  lacking = RUNNERS[name].lacks.intersection(needed)
+  if lacking:
+    pytest.skip(f"{name} declines {', '.join(lacking)}")
+  return RUNNERS[name]
 
 
 @each_runner
 @pytest.mark.parametrize("policy", POLICIES)
 def test_matches_the_oracle(name, policy):
-  runner, compiled = RUNNERS[name], {}
+  runner, compiled = runner_of(name, *classes_of(policy)), {}
   for seed in range(3):
     rng = np.random.default_rng([POLICIES.index(policy), seed])
-    mask, x, soft_cap = make(rng, policy, runner.biased)
+    mask, x, soft_cap = make(rng, policy, runner.lacks)
     out, lse, grads = run(runner, x, mask, soft_cap, compiled)
     want, want_lse, want_grads = oracle(x, mask, soft_cap)
-    assert error(out, want) < OUT and error(lse, want_lse) < OUT
+    assert error(out, want) < OUT and (lse is None or error(lse, want_lse) < OUT)
     for part, grad in want_grads.items():
       assert grad is None or error(grads[part], grad) < GRAD, part
     blind = np.isneginf(want_lse)
@@ -78,7 +93,7 @@ def test_matches_the_oracle(name, policy):
     assert not np.asarray(out)[blind].any(), "a query without keys returns exactly 0"
     assert not np.asarray(grads["q"])[blind].any(), "and has exactly no gradient"
     # Twins: what is computed is none of these.
-    for broken, shows in breakages(policy, runner.biased).items():
+    for broken, shows in breakages(policy, x, soft_cap).items():
       wrong, _, wrong_grads = oracle(x, mask, soft_cap, broken)
       if shows == "out":
         assert error(out, wrong) > 100 * OUT, broken
@@ -91,13 +106,16 @@ def test_matches_the_oracle(name, policy):
 def test_bfloat16_stays_close(name, where, monkeypatch):
   # Elsewhere than on a CPU, products take bfloat16.
   monkeypatch.setattr(xla, "platform", lambda: where)
-  mask, x, soft_cap = make(np.random.default_rng(6), "cut", biased=False)
+  runner = runner_of(name)
+  policy = "own_image" if "classes" in runner.lacks else "cut"
+  mask, x, soft_cap = make(np.random.default_rng(6), policy, runner.lacks | {"bias"})
   half = {part: jnp.asarray(x[part], jnp.bfloat16) for part in ("q", "k", "v")}
   x |= {part: np.asarray(value, np.float32) for part, value in half.items()}
-  out, lse, grads = run(RUNNERS[name], x | half, mask, soft_cap)
+  out, lse, grads = run(runner, x | half, mask, soft_cap)
   want, want_lse, want_grads = oracle(x, mask, soft_cap)
-  assert out.dtype == grads["k"].dtype == jnp.bfloat16 and lse.dtype == jnp.float32
-  assert error(out.astype(jnp.float32), want) < 1e-2 and error(lse, want_lse) < 1e-2
+  assert out.dtype == grads["k"].dtype == jnp.bfloat16
+  assert error(out.astype(jnp.float32), want) < 1e-2
+  assert lse is None or (lse.dtype == jnp.float32 and error(lse, want_lse) < 1e-2)
   for part in "qkv":
     assert error(grads[part].astype(jnp.float32), want_grads[part]) < 2e-2, part
   assert error(out.astype(jnp.float32), oracle(x, mask, soft_cap, "off_by_one")[0]) > 0.1
@@ -107,45 +125,47 @@ def test_bfloat16_stays_close(name, where, monkeypatch):
 @pytest.mark.parametrize("policy", ("spans", "cut", "fan_out"))
 def test_nothing_leaks(name, policy):
   """What a query does not see changes not one bit of its output, nor its gradient of that key's."""
-  rng, compiled = np.random.default_rng(11), {}
+  runner, rng, compiled = runner_of(name, *classes_of(policy)), np.random.default_rng(11), {}
   mask, keys = random_pack(rng, 2, 70, policy)
   x = inputs(rng, 2, 70, keys, 4, 2, 16)
-  out, _, grads = run(RUNNERS[name], x, mask, None, compiled)
+  out, _, grads = run(runner, x, mask, None, compiled)
   seen = np.asarray(mask.dense(keys))
   for at in rng.permutation(60)[:6]:
     touched = {part: x[part].copy() for part in "kv"}
     for part in "kv":
       touched[part][:, at] += 100.0
-    moved, _, _ = run(RUNNERS[name], x | touched, mask, None, compiled)
+    moved, _, _ = run(runner, x | touched, mask, None, compiled)
     changed = (np.asarray(out) != np.asarray(moved)).any((2, 3))
     assert (changed == seen[:, :, at]).all()
     weigh = x["weigh_out"].copy()
     weigh[:, at] += 1.0
-    _, _, back = run(RUNNERS[name], x | {"weigh_out": weigh}, mask, None, compiled)
+    _, _, back = run(runner, x | {"weigh_out": weigh}, mask, None, compiled)
     changed = (np.asarray(grads["v"]) != np.asarray(back["v"])).any((2, 3))
     assert (changed <= seen[:, at]).all() and changed.any() == seen[:, at].any()
   # Twin: one more key than the mask shows is noticed by the same comparison.
   wider = dataclasses.replace(mask, hi=np.where(mask.hi > mask.lo, mask.hi + 1, 0))
-  more, _, _ = run(RUNNERS[name], x, wider, None, compiled)
+  more, _, _ = run(runner, x, wider, None, compiled)
   assert (np.asarray(out) != np.asarray(more)).any((2, 3))[mask.hi > mask.lo].mean() > 0.5
 
 
 @each_runner
 def test_a_permutation_of_the_keys_changes_nothing(name):
-  rng = np.random.default_rng(3)
+  runner, rng = runner_of(name, "classes", "k_index"), np.random.default_rng(3)
   mask, keys = random_pack(rng, 2, 70, "fan_out")
   x = inputs(rng, 2, 70, keys, 4, 2, 16)
+  if "lse" in runner.lacks:
+    x["weigh_lse"][:] = 0
   order = np.stack([rng.permutation(keys) for _ in range(2)]).astype(np.int32)
   moved = mask.take(k=order)
   take = lambda part: np.take_along_axis(part, order[:, :, None, None], 1)
   want, want_lse, want_grads = oracle(x, mask)
   turned = x | {"k": take(x["k"]), "v": take(x["v"])}
-  out, lse, grads = run(RUNNERS[name], turned, moved)
-  assert error(out, want) < OUT and error(lse, want_lse) < OUT
+  out, lse, grads = run(runner, turned, moved)
+  assert error(out, want) < OUT and (lse is None or error(lse, want_lse) < OUT)
   for part in "qkv":
     expected = want_grads[part] if part == "q" else take(want_grads[part])
     assert error(grads[part], expected) < GRAD
-  out, _, _ = run(RUNNERS[name], turned, dataclasses.replace(moved, k_index=None))
+  out, _, _ = run(runner, turned, dataclasses.replace(moved, k_index=None))
   assert error(out, want) > 100 * OUT
 
 
@@ -153,14 +173,16 @@ def test_a_permutation_of_the_keys_changes_nothing(name):
 @pytest.mark.parametrize("length", (1, 21))
 def test_a_cache_and_keys_nobody_sees(name, length):
   """Decoding (one query) and a chunk of a prompt, in a cache that is not full."""
-  rng = np.random.default_rng(5)
+  runner, rng = runner_of(name, "k_index"), np.random.default_rng(5)
   keys = 77
   lo = rng.integers(0, 20, (2, length)).astype(np.int32)
   index = np.tile(np.arange(keys, dtype=np.int32), (2, 1))
   index[:, 60:] = NEVER
   mask = IntervalMask(lo, lo + rng.integers(1, 40, lo.shape).astype(np.int32), k_index=index)
   x = inputs(rng, 2, length, keys, 4, 4, 8)
-  out, _, grads = run(RUNNERS[name], x, mask)
+  if "lse" in runner.lacks:
+    x["weigh_lse"][:] = 0
+  out, _, grads = run(runner, x, mask)
   want, _, want_grads = oracle(x, mask)
   assert error(out, want) < OUT
   assert not np.asarray(grads["k"][:, 60:]).any()
@@ -171,10 +193,10 @@ def test_a_cache_and_keys_nobody_sees(name, length):
 
 @each_runner
 def test_the_backward_pass_repeats_itself_bit_for_bit(name):
-  rng, compiled = np.random.default_rng(9), {}
-  mask, x, soft_cap = make(rng, "fan_out", RUNNERS[name].biased)
-  first = run(RUNNERS[name], x, mask, soft_cap, compiled)
+  runner, rng, compiled = RUNNERS[name], np.random.default_rng(9), {}
+  mask, x, soft_cap = make(rng, "window" if "classes" in runner.lacks else "fan_out", runner.lacks)
+  first = run(runner, x, mask, soft_cap, compiled)
   for _ in range(9):
-    again = run(RUNNERS[name], x, mask, soft_cap, compiled)
+    again = run(runner, x, mask, soft_cap, compiled)
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), first, again)
     assert jax.tree.all(same)

@@ -12,19 +12,20 @@ from types import MappingProxyType, ModuleType
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
-from vlm_jax.ops.attention import check, dense, pallas_tpu, splash, xla
+from vlm_jax.ops.attention import check, cudnn, dense, pallas_tpu, splash, tokamax, xla
 from vlm_jax.ops.attention.bias import Bias, DistanceBias
 from vlm_jax.ops.attention.blocks import block_sizes
 from vlm_jax.ops.attention.merge import merge
 from vlm_jax.ops.attention.plan import AttentionPlan, make_plan
-from vlm_jax.ops.attention.request import Request, platform
+from vlm_jax.ops.attention.request import Request, capability, platform
 from vlm_jax.ops.attention.sharding import on_mesh
 
 __all__ = ["ORDER", "AttentionPlan", "Bias", "DistanceBias", "Request", "attention", "block_sizes",
            "check", "choose", "make_plan", "merge", "platform"]
 
 ORDER: Mapping[str, ModuleType] = MappingProxyType({
-  "pallas_tpu": pallas_tpu, "splash": splash, "xla": xla, "dense": dense})
+  "pallas_tpu": pallas_tpu, "splash": splash, "tokamax": tokamax, "cudnn": cudnn, "xla": xla,
+  "dense": dense})
 
 
 def choose(request: Request, implementation: str = "auto") -> tuple[str, dict[str, str]]:
@@ -98,17 +99,19 @@ def attention(
   check.shapes(q, k, v, mask, plan, bias, k_bias)
   check.data(mask, k.shape[1], plan)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-  run = functools.partial(_run, scale=scale, soft_cap=soft_cap, implementation=implementation)
+  run = functools.partial(_run, scale=scale, soft_cap=soft_cap, needs_lse=return_lse,
+                          implementation=implementation)
   out, lse = on_mesh(run, q, k, v, mask, plan, bias, k_bias)
   return (out, lse) if return_lse else out
 
 
-def _run(q, k, v, mask, plan, bias, k_bias, *, scale, soft_cap, implementation):
+def _run(q, k, v, mask, plan, bias, k_bias, *, scale, soft_cap, needs_lse, implementation):
   request = Request(
     q_shape=q.shape, k_shape=k.shape, dtype=q.dtype, plan=plan, has_bias=bias is not None,
     has_k_bias=k_bias is not None, soft_cap=soft_cap,
     has_classes=mask.q_class is not None and mask.k_class is not None,
-    has_k_index=mask.k_index is not None, platform=platform(),
+    has_k_index=mask.k_index is not None, needs_lse=needs_lse,
+    platform=platform(), capability=capability(),
   )
   name, _ = choose(request, implementation)
   return ORDER[name].attend(q, k, v, mask, plan, scale=scale, soft_cap=soft_cap, bias=bias,
