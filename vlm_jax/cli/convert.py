@@ -88,21 +88,32 @@ def import_run(args: argparse.Namespace) -> None:
   from vlm_jax.convert import files, hf_text, safetensors_io, systems, table
   from vlm_jax.core.tree import flatten
   from vlm_jax.core.writing import new_directory
+  from vlm_jax.data.pipeline import load_tokenizer
   from vlm_jax.train import checkpoint_tools
 
   source, out = Path(args.source), Path(args.out).absolute()
   dtype = np.dtype(table.dtype_of(args.dtype)) if args.dtype else None
   recipe = recipes.read(args).copy_and_resolve_references()
   recipe.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
-  recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
   config = systems.read_config(source, recipe)
-  tokenizer, new = hf_text.read(source, config.llm.vocab_size, config.data.template)
+  kept, new = hf_text.convention(source, config), []
+  recipe.data.tokenizer = str(out / (hf_text.FOLDER if kept else hf_text.TOKENIZER))
+  if kept:
+    recipe.data.template = kept
+  else:
+    tokenizer, new = hf_text.read(source, config.llm.vocab_size, config.data.template)
   with new_directory(out) as directory:
     size = sum(np.prod(shape, dtype=np.int64) for shape in files.shapes(config).values())
     safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
     config, params = systems.read(source, recipe, dtype)
     config.precision.param = one_dtype(flatten(params))
-    tokenizer.save(str(directory / hf_text.TOKENIZER))
+    if kept:
+      hf_text.keep(source, directory / hf_text.FOLDER)
+      config.data.tokenizer = str(directory / hf_text.FOLDER)
+      load_tokenizer(config)
+      config.data.tokenizer = recipe.data.tokenizer
+    else:
+      tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
                                params, {"imported": str(source.absolute())})
     if args.check:

@@ -123,8 +123,10 @@ def get_config(arg: str = "") -> ConfigDict:
       workers=0,  # processes that read, decode and lay out, per shard and source
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
-      tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
-      template="marks",  # what opens a turn: "marks", "newline" (PaliGemma), "caption" (CLIP)
+      tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), or a chat template:
+      # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
+      template="marks",
     )
   )
   config.data.decode = ConfigDict(

@@ -116,7 +116,7 @@ def _answers(
   for chosen in by_length(laid_out, entry.batch):
     batch = stack([laid_out[i] for i in chosen], config, rows=entry.batch, bucket=BUCKET,
                   turns=turns)
-    said = generate(config, params, batch, max_tokens=entry.max_tokens, stop=(tokenizer.eos,))
+    said = generate(config, params, batch, max_tokens=entry.max_tokens, stop=tokenizer.stops)
     tokens, lengths = np.asarray(said.tokens), np.asarray(said.lengths)
     log_probs = np.asarray(said.log_probs).sum(-1)
     for row, index in enumerate(chosen):

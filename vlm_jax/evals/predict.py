@@ -121,7 +121,7 @@ def _batches(config: ConfigDict, params: Params, requests: list[Request], batch:
   laid_out = layouts(encoded, config)
   for chosen in by_length(laid_out, batch):
     prompts = stack([laid_out[i] for i in chosen], config, rows=batch, bucket=BUCKET)
-    said = generate(config, params, prompts, max_tokens=max_tokens, stop=(tokenizer.eos,))
+    said = generate(config, params, prompts, max_tokens=max_tokens, stop=tokenizer.stops)
     tokens, lengths = np.asarray(said.tokens)[:, 0], np.asarray(said.lengths)[:, 0]
     log_probs, stopped = np.asarray(said.log_probs)[:, 0].sum(-1), np.asarray(said.stopped)[:, 0]
     yield [{

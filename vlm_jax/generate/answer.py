@@ -74,7 +74,7 @@ def answer(
   encoded = template.encode_prompt(ask(config, prompt, pictures), tokenizer, decode_image)
   laid_out = layouts([encoded], config)
   prompts = stack(laid_out, config, rows=1, bucket=BUCKET)
-  options: dict[str, Any] = {"max_tokens": max_tokens, "stop": (tokenizer.eos,),
+  options: dict[str, Any] = {"max_tokens": max_tokens, "stop": tokenizer.stops,
                              "sampling": sampling}
   if write is None:
     said = generate(config, params, prompts, **options)
