@@ -103,7 +103,7 @@ def test_what_is_missing_or_damaged_is_named(made, tmp_path):
   with pytest.raises(DataError, match="has no tokenizer.json"):
     tokenizer.load(tmp_path, "caption")
   folder, _ = made["siglip"]
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
+  (tmp_path / published.CONFIG).write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
   whole = (folder / "spiece.model").read_bytes()
   for damaged in (whole[:-3], b"\xff" * 20, b""):
     (tmp_path / "spiece.model").write_bytes(damaged)

@@ -65,8 +65,8 @@ def clip(folder, length):
   inner = transformers.CLIPTokenizer()._tokenizer
   inner.model = models.BPE(end_of_word_suffix="</w>")
   alphabet = pre_tokenizers.ByteLevel.alphabet()
-  vocab, merges = learn(inner, 640, (), initial_alphabet=[*alphabet, *(c + "</w>" for c in alphabet)],
-                        end_of_word_suffix="</w>")
+  alphabet += [letter + "</w>" for letter in alphabet]
+  vocab, merges = learn(inner, 640, (), initial_alphabet=alphabet, end_of_word_suffix="</w>")
   vocab = {**vocab, "<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
   transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length
                              ).save_pretrained(folder)

@@ -139,7 +139,7 @@ def get_config(arg: str = "") -> ConfigDict:
       fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
       shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
       grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
-      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
+      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_... or torch_uint8_bicubic
     )
   )
   config.train = ConfigDict(
