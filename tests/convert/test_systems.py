@@ -39,8 +39,11 @@ CLIP = ({39: "<|startoftext|>", 40: "<|endoftext|>"},
         {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
          "pad_token": "<|endoftext|>"})
 SIGLIP = ({0: "<pad>", 1: "<eos>", 2: "<bos>"},
-          {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
-GEMMA = ({**SIGLIP[0], 3: "\n", 60: "<image>"}, SIGLIP[1])
+          {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_eos_token": True,
+           "add_bos_token": False})
+GEMMA = ({**SIGLIP[0], 3: "\n", 60: "<image>"},
+         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+CLOSED = {"clip": ([39], [40]), "siglip": ([], [1]), "siglip2": ([], [1])}  # ends of a caption
 
 
 def paligemma():
@@ -107,6 +110,9 @@ def write_tokenizer(folder, words, roles):
   inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w7"))
   inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
   inner.add_special_tokens([word for word in words.values() if word.startswith("<")])
+  if words is CLIP[0]:
+    inner.post_processor = tokenizers.processors.RobertaProcessing(
+      ("<|endoftext|>", 40), ("<|startoftext|>", 39), False, False)
   inner.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(json.dumps(roles))
 
@@ -159,11 +165,16 @@ def test_there_and_back(system, data, tmp_path, capsys):
   assert mine.keys() == before.keys() and len(before) > 30
   assert not [key for key in before if key not in unread and mine[key] != before[key]]
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
-  assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
   row = {word: row for row, word in words.items()}
-  bos, eos = row[roles["bos_token"]], row[roles["eos_token"]]
-  assert tokenizer("w20 w30")["input_ids"] == (
-    [20, 30] if strategy in SPEAKING else [bos, 20, 30, eos])
+  opened, closed = CLOSED.get(system, ([], []))
+  assert tokenizer("w20 w30")["input_ids"] == [*opened, 20, 30, *closed]
+  if strategy not in SPEAKING:  # its files are theirs, bytes equal
+    assert tokenizer.eos_token == roles["eos_token"]
+    assert (run / "tokenizer" / "tokenizer.json").read_bytes() == (
+      theirs / "tokenizer.json").read_bytes() == (
+      tmp_path / "ours" / "tokenizer.json").read_bytes()
+  else:
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
   if slots:
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
     inputs = processor(images=Image.open(data / "0.png"), text="<image> w20", return_tensors="np")

@@ -85,7 +85,7 @@ def import_run(args: argparse.Namespace) -> None:
   """A published system of Hugging Face as step 0 of a run."""
   import numpy as np
 
-  from vlm_jax.convert import files, hf_text, safetensors_io, systems, table
+  from vlm_jax.convert import files, safetensors_io, systems, table
   from vlm_jax.core.writing import new_directory
   from vlm_jax.train import checkpoint_tools
 
@@ -93,15 +93,15 @@ def import_run(args: argparse.Namespace) -> None:
   dtype = np.dtype(table.dtype_of(args.dtype)) if args.dtype else None
   recipe = recipes.read(args).copy_and_resolve_references()
   recipe.lora.rank = 0  # a run of its own begins from this one: config.llm.init, config.lora
-  recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
   config = systems.read_config(source, recipe)
-  tokenizer, new = hf_text.read(source, config.llm.vocab_size, config.data.template)
   with new_directory(out) as directory:
+    new = systems.adopt_tokenizer(source, config, directory)
+    recipe.data.template = config.data.template
+    recipe.data.tokenizer = str(out / Path(config.data.tokenizer).name)
     size = sum(np.prod(shape, dtype=np.int64) for shape in files.shapes(config).values())
     safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
     config, params = systems.read(source, recipe, dtype)
     config.precision.param = systems.one_dtype(params)
-    tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
                                params, {"imported": str(source.absolute())})
     if args.check:

@@ -127,8 +127,10 @@ def get_config(arg: str = "") -> ConfigDict:
       workers=0,  # processes that read, decode and lay out, per shard and source
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
-      tokenizer="",  # tokenizer.json; "": the one `data prepare` trained in data.root
-      template="marks",  # what opens a turn: "marks", "newline" (PaliGemma), "caption" (CLIP)
+      tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), or a chat template:
+      # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
+      template="marks",
     )
   )
   config.data.decode = ConfigDict(
@@ -141,7 +143,7 @@ def get_config(arg: str = "") -> ConfigDict:
       fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad
       shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
       grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
-      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_bilinear, torch_bicubic
+      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_... or torch_uint8_bicubic
     )
   )
   config.train = ConfigDict(

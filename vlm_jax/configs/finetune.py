@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
 from vlm_jax.convert import files, systems
+from vlm_jax.core import digest
 from vlm_jax.core.document import Image
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.data import check, draw, images, records
+from vlm_jax.data import check, draw, images, published, records
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.sources import find_source
 from vlm_jax.train import workdir
@@ -102,14 +103,16 @@ def parse(arg: str) -> dict[str, str]:
 def of_published(path: Path, config: ConfigDict) -> ConfigDict:
   """The model of a checkpoint of Hugging Face, with rows of its size.
 
-  Its tokenizer, which gets our marks, is kept in the data root: it outlives the checkpoint.
+  Its tokenizer is kept in the data root: it outlives the checkpoint.
   """
   config = systems.read_config(path, config)
   module = find_fusion(config)
   if not module.STREAM:
     return config
   files.read_processor(path, config)
-  systems.adopt_tokenizer(path, config, Path(config.data.root) / "tokenizers")
+  texts = {name: Path(name).read_bytes().hex() for name in published.paths(path)}
+  folder = digest.of_json([texts, config.llm.vocab_size, config.data.template])
+  systems.adopt_tokenizer(path, config, Path(config.data.root) / "tokenizers" / folder)
   config.precision.compute = "bfloat16"
   slots, squares = largest(config)
   config.data.update(rows=ROWS, images=2 * squares, tokens=2 * slots + TEXT)

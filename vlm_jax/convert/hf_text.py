@@ -1,10 +1,14 @@
 """The files beside the weights of a Hugging Face checkpoint that turn a text into input_ids.
 
-Our tokenizer becomes their tokenizer.json. Of a LLaVA our template (`data/template.py`) becomes
-their chat template, and the processor repeats `<image>` once for every slot of a picture.
+A run of a checkpoint with conventions of its own (a CLIP, a SigLIP, whatever has a chat template)
+keeps its files in a folder `FOLDER`, and they are written again as they are. Any other tokenizer of
+ours becomes their tokenizer.json. Of a LLaVA our template (`data/template.py`) becomes their chat
+template, and the processor repeats `<image>` once for every slot of a picture.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import tokenizers
@@ -13,10 +17,11 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import safetensors_io
 from vlm_jax.core.errors import DataError, UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.data import published
 from vlm_jax.data import tokenizer as our
 from vlm_jax.data.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, FOLDER = "tokenizer.json", "tokenizer"
 # A picture before the first word comes before the mark of its turn, as `generate` asks.
 CHAT = (
   "{%- macro parts(content, mark) -%}{%- set said = namespace(yet=false) -%}"
@@ -35,6 +40,65 @@ CHAT = (
 ROLES = {our.EOS: "eos_token", our.BOS: "bos_token", our.PAD: "pad_token", our.IMAGE: "image_token"}
 # Of the strategies that hold conversations there.
 PROCESSORS = {"concat": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
+# The class of a tokenizer by the model_type of config.json, where its own files name none.
+KINDS = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer"}
+
+
+def convention(directory: Path, config: ConfigDict) -> str:
+  """The `config.data.template` under which a checkpoint's tokenizer serves as it is, "": none.
+
+  Args:
+    directory: of the checkpoint.
+    config: of its model.
+
+  Raises:
+    DataError: there is no tokenizer, or it is damaged.
+  """
+  asked = config.data.template
+  if asked == "caption":
+    return asked
+  if config.fusion.name not in PROCESSORS:
+    return ""
+  if asked not in our.TEMPLATES:
+    return asked
+  found = published.read(directory)
+  writes = found.chat and found.chat != CHAT and _image(directory, found)
+  return our.CHECKPOINT if writes else ""
+
+
+def keep(directory: Path, folder: Path) -> None:
+  """Copies the tokenizer files of a checkpoint into a folder; config.json says what they do not.
+
+  Raises:
+    DataError: a file is damaged.
+    DiskError: they cannot be written.
+  """
+  for path in published.paths(directory):
+    shutil.copy(path, folder)
+  theirs = safetensors_io.read_json(directory / "config.json")
+  kind, found = theirs.get("model_type", ""), published.read(directory)
+  more = {}
+  # As the AutoTokenizer of transformers: for "siglip2" it never asks the files.
+  if kind == "siglip2" or (not found.kind and kind in KINDS and (
+      kind != "siglip" or (directory / published.PIECES).is_file())):
+    more["tokenizer_class"] = KINDS[kind]
+  if not found.token("image_token") and (image := _image(directory, found)):
+    more["image_token"] = image
+  path = folder / published.CONFIG
+  settings = safetensors_io.read_json(path) if path.is_file() else {}
+  if more.items() - settings.items():
+    safetensors_io.write_json(path, settings | more)
+
+
+def _image(directory: Path, found: published.Published) -> str | None:
+  """The token of a picture: named by the tokenizer, ours, or numbered by config.json."""
+  if token := found.token("image_token"):
+    return token
+  if found.inner.token_to_id(our.IMAGE) is not None:
+    return our.IMAGE
+  theirs = safetensors_io.read_json(directory / "config.json")
+  number = theirs.get("image_token_index", theirs.get("image_token_id"))
+  return None if number is None else found.inner.id_to_token(number)
 
 
 def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
@@ -48,37 +112,53 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
   Raises:
     DiskError: a file cannot be written.
   """
-  inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
   speaks = bool(find_fusion(config).STREAM)
+  if os.path.isdir(config.data.tokenizer):
+    for path in published.paths(config.data.tokenizer):
+      shutil.copy(path, directory)
+  else:
+    _write_ours(directory, config, tokenizer, speaks)
+  if tokenizer.chat and config.data.template != our.CHECKPOINT:
+    (directory / published.CHAT).write_text(tokenizer.chat.source, encoding="utf-8")
+  if speaks:
+    stops = tokenizer.stops
+    safetensors_io.write_json(directory / "generation_config.json", {
+      **({"bos_token_id": tokenizer.bos} if tokenizer.bos >= 0 else {}),
+      "eos_token_id": stops[0] if len(stops) == 1 else list(stops),
+      "pad_token_id": tokenizer.pad, "do_sample": False})
+  of = config.fusion.name
+  if of not in PROCESSORS or (directory / "processor_config.json").exists():
+    return
+  tower = config.tower
+  safetensors_io.write_json(directory / "processor_config.json", {
+    "processor_class": PROCESSORS[of], "image_token": tokenizer.inner.id_to_token(tokenizer.image),
+    "patch_size": tower.patch,
+    "vision_feature_select_strategy": "default" if tower.class_token else "full",
+    "num_additional_image_tokens": int(tower.class_token),
+  })
+
+
+def _write_ours(directory: Path, config: ConfigDict, tokenizer: Tokenizer, speaks: bool) -> None:
+  """Writes a tokenizer of ours, and our template as a chat template."""
+  inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
   if not speaks:  # no chat template writes the ends of a caption there
     inner.post_processor = tokenizers.processors.TemplateProcessing(
       single=f"{our.BOS} $A {our.EOS}",
       special_tokens=[(our.BOS, tokenizer.bos), (our.EOS, tokenizer.eos)])
   inner.save(str(directory / TOKENIZER))
-  pad, bos, eos, image, user, assistant = our.needed(config.data.template)
+  template = config.data.template if config.data.template in our.TEMPLATES else "marks"
+  pad, bos, eos, image, user, assistant = our.needed(template)
   extra = {"image_token": image, "user_token": user, "assistant_token": assistant}
   safetensors_io.write_json(directory / "tokenizer_config.json", {
     "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "bos_token": bos,
     "eos_token": eos, "model_max_length": config.data.tokens if speaks else config.llm.positions,
     "clean_up_tokenization_spaces": False,
     "extra_special_tokens": {name: token for name, token in extra.items()
-                             if token not in (bos, eos) and token in our.SPECIALS},
+                             if token not in (bos, eos) and inner.token_to_id(token) is not None
+                             and token in our.SPECIALS},
   })
-  if speaks:
-    safetensors_io.write_json(directory / "generation_config.json", {
-      "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad,
-      "do_sample": False})
-  if config.fusion.name not in PROCESSORS:
-    return
-  if config.data.template == "marks":
-    (directory / "chat_template.jinja").write_text(CHAT)
-  tower = config.tower
-  safetensors_io.write_json(directory / "processor_config.json", {
-    "processor_class": PROCESSORS[config.fusion.name], "image_token": our.IMAGE,
-    "patch_size": tower.patch,
-    "vision_feature_select_strategy": "default" if tower.class_token else "full",
-    "num_additional_image_tokens": int(tower.class_token),
-  })
+  if config.data.template == "marks" and config.fusion.name in PROCESSORS:
+    (directory / published.CHAT).write_text(CHAT)
 
 
 def read(directory: Path, vocab_size: int, template: str = "marks"

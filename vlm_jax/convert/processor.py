@@ -8,9 +8,10 @@ CLIPImageProcessorFast, CLIPFeatureExtractor); they are ways of `config.data.dec
   pad          LLaVA-1.5: a square with the mean colour around, then resized
   stretch      LLaVA-NeXT, and tiles besides (`config.data.decode.grids`)
 
-Their processors on Pillow give the same pixels as ours. Those on torchvision (the default of
-transformers 5, the "Fast" of 4) resize 8-bit pixels in an arithmetic of their own, which is up to 2
-grey levels off, and up to 8 in a few pixels of an image that had nearly the size before.
+Processors on Pillow give the pixels of `config.data.decode.kernel` "bicubic" and the like, those on
+torchvision those of "torch_uint8_bicubic" and "torch_uint8_bilinear". A file whose processor is
+called "Fast" was written by the latter; one without may be read by either (transformers 4 takes
+Pillow, 5 torchvision), and is Pillow's here, as it was when most were published.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.data import images
 
 FILE = "preprocessor_config.json"
 CLIP = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224},
@@ -34,12 +36,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
   "CLIP": CLIP, "Bit": CLIP, "Llava": CLIP, "Siglip": SIGLIP,
   "LlavaNext": {**CLIP, "image_grid_pinpoints": PINPOINTS}}
 KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+FAST, TORCH = "Fast", "torch_uint8_"
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
+def _name(theirs: Mapping[str, Any]) -> str:
+  return theirs.get("image_processor_type") or theirs.get("feature_extractor_type", "")
+
+
 def _family(theirs: Mapping[str, Any]) -> str:
-  name = theirs.get("image_processor_type") or theirs.get("feature_extractor_type", "")
-  for end in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+  name = _name(theirs)
+  for end in (FAST, "Pil", "ImageProcessor", "FeatureExtractor"):
     name = name.removesuffix(end)
   if name not in DEFAULTS:
     raise UsageError(f"{FILE}: the image processor '{name}' cannot be imported; "
@@ -85,7 +92,10 @@ def read(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   std = tuple(theirs["image_std"]) if normal else (1.0, 1.0, 1.0)
   side, fit = _tiles(theirs) if family == "LlavaNext" else _fit(theirs, family)
   tower = {"image_size": side, "mean": mean, "std": std}
-  decode = {"kernel": KERNELS[theirs["resample"]], "background": WHITE, "draft": 0, "shorter": 0,
+  kernel = KERNELS[theirs["resample"]]
+  if _name(theirs).endswith(FAST) and TORCH + kernel in images.UINT8:
+    kernel = TORCH + kernel
+  decode = {"kernel": kernel, "background": WHITE, "draft": 0, "shorter": 0,
             "grids": (), "border": mean_colour(mean) if fit["fit"] == "pad" else WHITE}
   return tower, decode | fit
 
@@ -152,8 +162,9 @@ def write(config: ConfigDict) -> dict[str, Any]:
   side, how, mean = config.tower.image_size, config.data.decode, tuple(config.tower.mean)
   wrong = lambda field, why: UsageError(
     f"config.data.decode.{field} is {how[field]!r}; an image processor can only say {why}")
-  if how.kernel not in KERNELS:
-    raise wrong("kernel", ", ".join(KERNELS))
+  kernel = how.kernel.removeprefix(TORCH)
+  if kernel not in KERNELS or how.kernel not in (kernel, *images.UINT8):
+    raise wrong("kernel", ", ".join((*KERNELS, *images.UINT8)))
   if tuple(how.background) != WHITE:
     raise wrong("background", WHITE)
   square = {"height": side, "width": side}
@@ -177,8 +188,10 @@ def write(config: ConfigDict) -> dict[str, Any]:
            "size": {"shortest_edge": side}, "crop_size": square}
   else:
     raise wrong("fit", "stretch, center_crop or pad")
+  if how.kernel in images.UINT8:
+    fit["image_processor_type"] += FAST
   return fit | {
-    "do_convert_rgb": True, "do_resize": True, "resample": KERNELS.index(how.kernel),
+    "do_convert_rgb": True, "do_resize": True, "resample": KERNELS.index(kernel),
     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
     "image_mean": list(mean), "image_std": list(config.tower.std),
   }

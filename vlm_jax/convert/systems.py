@@ -8,7 +8,6 @@ A converter is a module with MODEL_TYPES, FUSIONS (the strategies that it writes
   shapes(config), entries(config)                                      parameters, their tensors
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,8 @@ from vlm_jax.core import precision
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
-from vlm_jax.core.writing import write_atomically
+from vlm_jax.core.writing import new_directory, write_atomically
+from vlm_jax.data import pipeline
 
 CONVERTERS = (llava, paligemma, two_towers)
 
@@ -115,26 +115,35 @@ def one_dtype(params: Params) -> str:
 
 def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: str | os.PathLike
                     ) -> list[str]:
-  """Sets `config.data.tokenizer` to a file in `folder` that holds a checkpoint's tokenizer.
+  """Puts a checkpoint's tokenizer into `folder` and has `config.data` use it.
 
-  The file is named by its content, so a second call finds what the first one wrote.
+  It is kept as it is where it writes turns or captions itself (`hf_text.convention`), and
+  otherwise gets our marks. What is there already stays.
 
   Args:
     directory: of the checkpoint.
-    config: of its model; the tokenizer is changed.
-    folder: made if missing.
+    config: of its model; `data.tokenizer` and `data.template` are changed.
+    folder: made if missing; of this checkpoint alone.
 
   Returns:
     A line for every mark that the model has yet to learn, see `hf_text.adopt`.
 
   Raises:
-    UsageError, DataError: as `hf_text.read`.
-    DiskError: the file cannot be written.
+    UsageError, DataError: as `hf_text.read` and `pipeline.load_tokenizer`.
+    DiskError: it cannot be written.
   """
-  tokenizer, new = hf_text.read(Path(directory), config.llm.vocab_size, config.data.template)
-  text = tokenizer.to_str()
-  path = Path(folder) / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
-  if not path.exists():
-    write_atomically(path, text)
+  directory = Path(directory)
+  kept, new = hf_text.convention(directory, config), []
+  path = Path(folder) / (hf_text.FOLDER if kept else hf_text.TOKENIZER)
   config.data.tokenizer = str(path)
+  if kept:
+    config.data.template = kept
+    if not path.exists():
+      with new_directory(path) as made:
+        hf_text.keep(directory, made)
+    pipeline.load_tokenizer(config)
+  else:
+    tokenizer, new = hf_text.read(directory, config.llm.vocab_size, config.data.template)
+    if not path.exists():
+      write_atomically(path, tokenizer.to_str())
   return new

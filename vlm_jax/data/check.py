@@ -150,5 +150,6 @@ def _with_tokenizer(config: ConfigDict, folder: str) -> ConfigDict:
         path = os.path.join(folder, "tokenizer.json")
         tokenizer.train([], tokenizer.SMALLEST).save(path)
     config.data.tokenizer = path
-    config.llm.vocab_size = tokenizer.load(path, config.data.template).vocab_size
+    config.llm.vocab_size = tokenizer.load(
+      path, config.data.template, config.llm.positions).vocab_size
   return config

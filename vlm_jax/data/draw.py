@@ -53,7 +53,7 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
       tokens: published ones are padded to a round number.
   """
   path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
-  loaded = tokenizer.load(path, config.data.template)
+  loaded = tokenizer.load(path, config.data.template, config.llm.positions)
   if loaded.vocab_size > config.llm.vocab_size:
     raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
                      f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "

@@ -1,16 +1,17 @@
 """Encoded image files to u8[H,W,3], and the random changes training may make to them.
 
 A file is opened, its size checked, decoded to RGB and fitted to the square that the tower sees, as
-`config.data.decode` says. Resizing is Pillow's, under two families of names:
+`config.data.decode` says. Resizing has three families of names:
 
   nearest, box, bilinear, hamming, bicubic, lanczos
       Pillow's own filters on 8-bit pixels, exactly; what processors built on Pillow do.
   torch_bilinear, torch_bicubic
       the same filters in floating point, rounded once at the end: what
       `torch.nn.functional.interpolate(antialias=True)` makes of float pixels. The sums agree to
-      0.01 grey levels, so after rounding a pixel is equal or, rarely, one level off. Torch's path
-      for uint8 tensors is a third arithmetic, mostly up to 2 levels from both and, resizing to
-      nearly the same size, up to 8 in a few pixels; nothing here claims it.
+      0.01 grey levels, so after rounding a pixel is equal or, rarely, one level off.
+  torch_uint8_bilinear, torch_uint8_bicubic
+      the same filters in the 16-bit arithmetic that torch has for uint8 pixels, exactly; what
+      processors built on torchvision do.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm_jax.core.document import Pixels, Tiles
 from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.data import fixed_point
 from vlm_jax.data.bad import BadExample
 
 # What Pillow warns of (large images, broken metadata) is counted or harmless here. Set once:
@@ -46,7 +48,8 @@ PILLOW = {
 }
 STRIP_PIXELS = 1 << 24  # of a padded image, held at a time
 TORCH = {"torch_bilinear": PILLOW["bilinear"], "torch_bicubic": PILLOW["bicubic"]}
-KERNELS: Mapping[str, Image.Resampling] = PILLOW | TORCH
+UINT8 = {f"torch_uint8_{name}": name for name in fixed_point.FILTERS}
+KERNELS = (*PILLOW, *TORCH, *UINT8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +249,8 @@ def resize(image: Image.Image, size: tuple[int, int], kernel: str) -> Image.Imag
     return image
   if kernel in PILLOW:
     return image.resize(size, PILLOW[kernel])
+  if kernel in UINT8:
+    return Image.fromarray(fixed_point.resize(np.asarray(image), size, UINT8[kernel]))
   floats = [band.convert("F").resize(size, TORCH[kernel]) for band in image.split()]
   rounded = np.clip(np.rint(np.stack([np.asarray(band) for band in floats], -1)), 0, 255)
   return Image.fromarray(rounded.astype(np.uint8))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.data import files, records
+from vlm_jax.data import files, published, records
 from vlm_jax.data.sources import find_source, folder, is_format
 
 WHOLE = 1 << 28  # bytes; of a larger file of one's own only the size is told
@@ -34,7 +34,8 @@ def files_of(config: ConfigDict, name: str, split: str) -> dict[str, dict[str, A
     entry = files.of_split(entry, split)
     own = [path for pattern in (entry.path, entry.annotations) if pattern
            for path in files.paths(pattern, "")]
-  own.append(config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER))
+  words = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
+  own += published.paths(words) if os.path.isdir(words) else [words]
   for path in own:
     found = os.stat(path)
     told[path] = _described(path, found.st_size, found.st_mtime_ns)

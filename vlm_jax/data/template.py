@@ -6,22 +6,22 @@
     text       <bos> page <eos>
 
 That is the template "marks"; what opens a user's and an assistant's turn is the tokenizer's to say
-(`config.data.template`). Marks that open a turn are never predicted; the text and the closing <eos>
-are when `Text.loss` says so. A text that `continues` one before an image has neither mark nor <eos>
-between them. Every piece is tokenised alone and its loss written at once, so the spans are exact:
-nothing is tokenised twice and counted.
+(`config.data.template`), or else a chat template writes conversations (`conversation.py`). Marks
+that open a turn are never predicted; the text and the closing <eos> are when `Text.loss` says so. A
+text that `continues` one before an image has neither mark nor <eos> between them. Every piece is
+tokenised alone and its loss written at once, so the spans are exact: nothing is tokenised twice and
+counted.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text, Tokens
+from vlm_jax.data import conversation
 from vlm_jax.data.bad import BadExample
+from vlm_jax.data.conversation import DecodeImage
 from vlm_jax.data.tokenizer import Tokenizer
-
-DecodeImage = Callable[[Image], Pixels]
 
 
 def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) -> Encoded:
@@ -36,9 +36,13 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) 
     The encoded document. A question, its images and its answer share a turn.
 
   Raises:
-    BadExample: "unknown_role", "empty_text", "zero_loss", or what `decode_image` raises.
+    BadExample: "unknown_role", "empty_text", "zero_loss", or what `decode_image` or
+      `conversation.encode` raises.
   """
-  encoded = _encode(document, tokenizer, decode_image)
+  if tokenizer.chat and conversation.is_conversation(document):
+    encoded = conversation.encode(document, tokenizer, decode_image, prompt=False)
+  else:
+    encoded = _encode(document, tokenizer, decode_image)
   if not any(isinstance(part, Tokens) and part.loss.any() for part in encoded.parts):
     raise BadExample("zero_loss", document.key)
   return encoded
@@ -53,6 +57,8 @@ def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: Decode
   Raises:
     BadExample: "unknown_role" (a last part is a user's or the system's), or as in `encode`.
   """
+  if tokenizer.chat and conversation.is_conversation(document):
+    return conversation.encode(document, tokenizer, decode_image, prompt=True)
   last = {getattr(part, "branch", 0): index for index, part in enumerate(document.parts)}
   if len(last) > 1:
     last.pop(0, None)
@@ -78,7 +84,7 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
     else:
       goes_on = bool(following) and following.pop(0).continues
       if index in opened:
-        mark = np.array([] if part.continues else [_opening(part, tokenizer)], np.int32)
+        mark = np.array([] if part.continues else _opening(part, tokenizer), np.int32)
         parts.append(Tokens(mark, np.zeros(len(mark), bool), part.branch, turn))
       else:
         parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
@@ -91,15 +97,20 @@ def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str, goes_on: bool
     raise BadExample("unknown_role", f"{key}: '{part.role}'")
   if not part.text.strip():
     raise BadExample("empty_text", f"{key}: {part.role}")
-  ids = ([] if part.continues else [_opening(part, tokenizer)]) + tokenizer.encode(part.text)
-  if part.role in ("assistant", "text") and not goes_on:
-    ids.append(tokenizer.eos)
+  if part.role == "text":
+    ids, opening, closing = tokenizer.page(part.text)
+  else:
+    ids, opening = [*_opening(part, tokenizer), *tokenizer.encode(part.text)], 1
+    closing = int(part.role == "assistant")
+    ids += [tokenizer.eos] * closing
+  ids = ids[opening if part.continues else 0 : len(ids) - closing if goes_on else len(ids)]
   loss = np.full(len(ids), part.loss)
   if not part.continues:
-    loss[0] = False
+    loss[:opening] = False
   return Tokens(np.array(ids, np.int32), loss, part.branch, turn)
 
 
-def _opening(part: Text, tokenizer: Tokenizer) -> int:
-  """The mark that opens a part of its role."""
-  return {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
+def _opening(part: Text, tokenizer: Tokenizer) -> list[int]:
+  """The mark that opens a part of its role; a published tokenizer may have none for a page."""
+  mark = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
+  return [mark] if mark >= 0 else []

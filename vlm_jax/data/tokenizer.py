@@ -1,13 +1,17 @@
-"""Byte-level BPE: any text can be encoded, nothing is ever unknown."""
+"""Tokenizers: our own byte-level BPE, in which nothing is ever unknown, and published ones."""
 
 import functools
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.data import chat
+from vlm_jax.data.published import Published
+from vlm_jax.data.published import read as read_published
 
 PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
   "<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<image>",
@@ -16,6 +20,7 @@ PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
 # behind <bos>, the answer behind a line break that is no part of either; CLIP (arXiv:2103.00020,
 # section 2.4): <bos> words <eos>, and no turns.
 TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS)}
+CHECKPOINT = "checkpoint"  # the chat template among the files of a published tokenizer
 SMALLEST = len(SPECIALS) + 256  # every byte has a token
 
 
@@ -35,31 +40,57 @@ class Tokenizer:
   Text is always only text: "<eos>" written by a user is five characters, never the special token.
 
   Attributes:
-    pad, bos, eos, image: ids of the special tokens; `pad` is 0.
-    user, assistant: ids of what opens their turns.
+    pad, bos, eos, image: ids of the special tokens; `pad` of ours is 0. A published tokenizer may
+      have neither `bos` nor `image`, which are -1 then.
+    user, assistant: ids of what opens their turns, where no chat template writes them.
+    chat: the chat template, None where single tokens open turns.
+    stops: what ends an answer.
     vocab_size: number of ids.
   """
 
-  def __init__(self, inner: tokenizers.Tokenizer, template: str = "marks"):
+  def __init__(self, inner: tokenizers.Tokenizer, template: str = "marks",
+               published: Published | None = None, length: int = 0):
     """Wraps a tokenizer of the `tokenizers` library; a missing token is a ValueError.
 
     Args:
       inner: has the special tokens and what the template opens turns with, each as one token.
-      template: a name of `TEMPLATES`.
+      template: a name of `TEMPLATES`, or a chat template.
+      published: the conventions of a published checkpoint, whose names the tokens have.
+      length: of captions of a published checkpoint, which cuts and pads its own.
     """
-    inner.encode_special_tokens = True
-    marks = needed(template)
+    marks = needed(template) if template in TEMPLATES else (PAD, BOS, EOS, IMAGE)
+    if published:
+      eos = published.token("eos_token")
+      marks = (published.token("pad_token") or eos, published.token("bos_token"), eos,
+               published.token("image_token") or IMAGE)
     # Byte-level and sentencepiece vocabularies spell a line break differently.
-    ids = [inner.token_to_id(token) if token in SPECIALS else _one(inner, token)
-           for token in marks]
-    missing = [repr(token) if token not in SPECIALS else token
-               for token, number in zip(marks, ids, strict=True) if number is None]
+    single = lambda token: (inner.token_to_id(token) if published or token in SPECIALS
+                            else _one(inner, token))
+    ids = [None if token is None else single(token) for token in marks]
+    optional = (1, 3) if published else ()
+    missing = [token if token in SPECIALS else repr(token) for place, (token, number) in
+               enumerate(zip(marks, ids, strict=True)) if number is None and place not in optional]
     if missing:
       raise ValueError(f"it has no {', '.join(missing)}")
-    self.inner = inner
-    self.pad, self.bos, self.eos, self.image, self.user, self.assistant = ids
+    self.inner, self._published, self._length = inner, published, length
+    self.pad, self.bos, self.eos, self.image, *turns = (
+      -1 if number is None else number for number in ids)
+    self.user, self.assistant = turns or (-1, -1)
     self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+    self.specials = tuple(token.content for token in inner.get_added_tokens_decoder().values()
+                          if token.special)
+    self.chat = None if template in TEMPLATES else chat.Template(
+      template, self._roles(marks), self.specials)
+    ends = {inner.token_to_id(token) for token in self.chat.ends} if self.chat else set()
+    self.stops = tuple(sorted(ends | {self.eos}))
+    inner.encode_special_tokens = self.chat is None
     self._cached = functools.lru_cache(maxsize=4096)(self._encode)
+
+  def _roles(self, marks: Sequence[str | None]) -> dict[str, str]:
+    """The special tokens as a chat template names them."""
+    told = dict(zip(("pad_token", "bos_token", "eos_token", "image_token"), marks, strict=True))
+    more = self._published.tokens() if self._published else {}
+    return {role: token for role, token in (told | more).items() if token}
 
   def encode(self, text: str) -> list[int]:
     """The ids of a text, without any special token."""
@@ -67,7 +98,46 @@ class Tokenizer:
     return list(self._cached(text)) if len(text) < 256 else list(self._encode(text))
 
   def _encode(self, text: str) -> tuple[int, ...]:
-    return tuple(self.inner.encode(text, add_special_tokens=False).ids)
+    return tuple(self._reader(text).encode(self._prepared(text), add_special_tokens=False).ids)
+
+  def _reader(self, text: str) -> tokenizers.Tokenizer:
+    return self.literal if self.chat and self.speaks_specially(text) else self.inner
+
+  def _prepared(self, text: str) -> str:
+    return self._published.prepared(text) if self._published else text
+
+  def page(self, text: str) -> tuple[list[int], int, int]:
+    """The ids of a text that stands alone, how many of them open it, and how many close it.
+
+    Ours: <bos> text <eos>. Of a published tokenizer they are what its own ends are; a caption is
+    cut and padded to the length of all, and so that a page of what speaks comes to an end, it is
+    closed even if it is not so there.
+    """
+    if not self._published:
+      return [self.bos, *self.encode(text), self.eos], 1, 1
+    inner, length = self._reader(text), self._length
+    ids = inner.encode(self._prepared(text), add_special_tokens=False)
+    if length:
+      ids.truncate(max(length - inner.num_special_tokens_to_add(False), 0))
+    size, ids = len(ids), inner.post_process(ids)
+    opening = ids.special_tokens_mask.index(0) if 0 in ids.special_tokens_mask else 0
+    if length:
+      ids.pad(length, direction=self._published.settings.get("padding_side", "right"),
+              pad_id=self.pad, pad_token=inner.id_to_token(self.pad))
+      return ids.ids, 0, 0
+    closing = len(ids) - size - opening
+    return (ids.ids, opening, closing) if closing else ([*ids.ids, self.eos], opening, 1)
+
+  def speaks_specially(self, text: str) -> bool:
+    """Whether a text holds the characters of a special token."""
+    return any(token in text for token in self.specials)
+
+  @functools.cached_property
+  def literal(self) -> tokenizers.Tokenizer:
+    """`inner` for texts in which nothing is a special token; made when it is first needed."""
+    literal = tokenizers.Tokenizer.from_str(self.inner.to_str())
+    literal.encode_special_tokens = True
+    return literal
 
   def decode(self, ids: Sequence[int], specials: bool = False) -> str:
     """The text of ids; `specials` also writes the special tokens out."""
@@ -109,25 +179,59 @@ def train(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
   return tokenizer
 
 
-def load(path: str, template: str = "marks") -> Tokenizer:
-  """Reads `tokenizer.json`.
+def load(path: str, template: str = "marks", length: int = 0) -> Tokenizer:
+  """Reads a tokenizer.
 
   Args:
-    path: the file.
-    template: `config.data.template`, a name of `TEMPLATES`.
+    path: tokenizer.json, or the directory of a published checkpoint, whose conventions hold then.
+    template: `config.data.template`: a name of `TEMPLATES`; `CHECKPOINT`, the chat template in the
+      directory; or a chat template, as text or as a file (.jinja).
+    length: slots of a caption.
 
   Raises:
-    DataError: the file is missing, not a tokenizer, or lacks a special token.
-    UsageError: an unknown template.
+    DataError: a file is missing, not a tokenizer, or lacks a special token.
+    UsageError: an unknown template, or a chat template that cannot be used.
   """
-  path = str(path)
-  if template not in TEMPLATES:
-    raise UsageError(f"config.data.template is '{template}'; {nearest(template, TEMPLATES)}")
-  if not os.path.isfile(path):
+  path, published = str(path), None
+  if not os.path.exists(path):
     raise DataError(f"{path}: there is no tokenizer; run `vlm-jax data prepare` or set "
                     "config.data.tokenizer to a tokenizer.json")
+  if os.path.isdir(path):
+    published = read_published(Path(path))
+  template = _template(template, path, published)
   try:
+    if published:
+      return Tokenizer(published.inner, template, published,
+                       length if template == "caption" else 0)
     return Tokenizer(tokenizers.Tokenizer.from_file(path), template)
+  except UsageError:
+    raise
   except Exception as error:  # the library raises bare Exception for every broken file
     raise DataError(f"{path} is not a usable tokenizer.json ({error}); delete it and run "
                     "`vlm-jax data prepare`, or set config.data.tokenizer to another") from error
+
+
+def _template(template: str, path: str, published: Published | None) -> str:
+  """A name of `TEMPLATES` or the text of a chat template."""
+  if template == CHECKPOINT:
+    if not published or not published.chat:
+      raise UsageError(f"config.data.template is '{CHECKPOINT}' but config.data.tokenizer {path} "
+                       "is no directory with a chat template; name one, or write the template")
+    return published.chat
+  if template in TEMPLATES:
+    if published and template != "caption":
+      raise UsageError(f"config.data.template is '{template}', but config.data.tokenizer {path} is "
+                       f"a directory of a checkpoint; use '{CHECKPOINT}' or a chat template, or "
+                       "name the tokenizer.json in it")
+    return template
+  if chat.is_template(template):
+    return template
+  if not template.endswith((".jinja", ".jinja2", ".j2")):
+    raise UsageError(f"config.data.template is '{template}'; "
+                     f"{nearest(template, (*TEMPLATES, CHECKPOINT))}, a chat template or a .jinja "
+                     "file of one")
+  try:
+    return Path(template).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise UsageError(f"config.data.template: {template} cannot be read ({error}); name a file with "
+                     "a chat template") from error

@@ -77,7 +77,7 @@ def answers(
     batch = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET, turns=turns)
     numbers = sampling.seed + np.pad(chosen, (0, rows - len(chosen)))
     said = jax.device_get(generate(config, params, batch, max_tokens=max_tokens,
-                                   stop=(tokenizer.eos,), sampling=sampling, seeds=numbers))
+                                   stop=tokenizer.stops, sampling=sampling, seeds=numbers))
     yield {index: [_answer(config, tokenizer, prompts[index], laid_out[index], said, row, turn)
                    for turn in range((batch.ends[row] >= 0).sum())]
            for row, index in enumerate(chosen)}
@@ -110,7 +110,7 @@ def say(
     raise UsageError(f"document {prompt.key} has {batch.ends.shape[1]} open turns, which cannot be "
                      "written out at once; give one question, or leave `write` out")
   speaker = Speaker(tokenizer, write)
-  for said in stream(config, params, batch, max_tokens=max_tokens, stop=(tokenizer.eos,),
+  for said in stream(config, params, batch, max_tokens=max_tokens, stop=tokenizer.stops,
                      sampling=sampling):
     speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
   speaker.finish()
