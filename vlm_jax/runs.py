@@ -98,7 +98,7 @@ def fill(config: ConfigDict, path: str) -> list[str]:
   Raises:
     UsageError: one of them decides the model; the sentence names `path`, where it belongs.
   """
-  models, filled = {"data.sources": base.source(), "evals": base.evaluation()}, []
+  models, filled = base.entries(), []
 
   def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
     if prefix in models:

