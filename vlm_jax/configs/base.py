@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
       hidden=0,  # width of the hidden layer, 0: the language model's width
       activation="gelu",
       bias=True,
-      initial="random",  # of the last layer: "zeros" starts with silent images (PaliGemma)
+      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
       init="",
     )
@@ -101,8 +101,9 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.lora = ConfigDict(
     dict(
-      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; a node that has some (tower, connector,
-      # llm) trains by them alone, the others as the stage says
+      # Of the adapters (arXiv:2106.09685), 0: none. A node of the config that has some trains by
+      # them alone, the others as the stage says.
+      rank=0,
       alpha=16.0,  # an adapter's product is multiplied with alpha / rank
       dropout=0.0,  # of what an adapter reads, while training
       targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen

@@ -39,7 +39,6 @@ def get_config(arg: str = "") -> ConfigDict:
   config.tower.init = weights + "efficientnet-lite0-57934424.pth"
   config.connector.name = "pool"  # 6 x 6 patches to 4 slots
   config.connector.factor = 3
-  config.connector.initial = "zeros"  # random rows are far larger than SmolLM2's embeddings
   config.llm.update(llama.size("smollm2-135m"))
   config.llm.init = weights + "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,13 +47,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.rows = 2
   config.data.tokens = 512
   config.data.images = 18
-  config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1)
+  config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
   config.data.sources.openmoji = base.source(
-    name="openmoji", form="fan_out", ratio=1, augment=("flip", "translate"))
+    name="openmoji", form="fan_out", ratio=2, weight=3.0, augment=("flip", "translate"))
   config.data.sources.names = base.source(
     name="openmoji", form="caption", ratio=4, augment=("flip", "translate"))
 
-  config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=20)
+  config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
   config.train.update(steps=200, log_every=20, checkpoint_every=1000, keep=1)
   config.fusion.stage = "projector"
   if stage == "lora":

@@ -26,13 +26,6 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   return np.arange(frames * height * width, dtype=np.int32)
 
 
-def check_initial(config: ConfigDict) -> None:
-  """Raises UsageError for an unknown `config.initial`."""
-  if config.initial not in INITIAL:
-    raise UsageError(f"config.connector.initial is '{config.initial}'; "
-                     f"{nearest(config.initial, INITIAL)}")
-
-
 class Model(nn.Module):
   """f[B,N,P,D_in] to f[B,N,P,width]."""
 
@@ -45,7 +38,9 @@ class Model(nn.Module):
     """See the class; an unknown `config.initial` is a UsageError."""
     del grid
     config = self.config
-    check_initial(config)
+    if config.initial not in INITIAL:
+      raise UsageError(f"config.connector.initial is '{config.initial}'; "
+                       f"{nearest(config.initial, INITIAL)}")
     # Named "mlp", not "embed" twice: one array cannot be split over one mesh axis two times.
     return Linear((self.width,), ("embed", "mlp"), config.bias, self.precision, config.initial,
                   name="linear")(features)

