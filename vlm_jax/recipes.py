@@ -68,7 +68,7 @@ def load(spec: str) -> ConfigDict:
 
 def check(config: ConfigDict, path: str) -> None:
   """Refuses fields that `configs/base.py` does not have: nobody would ever read them."""
-  models = {"data.sources": base.source(), "evals": base.evaluation()}
+  models = base.entries()
 
   def walk(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
     if prefix == "fusion.objectives":

@@ -47,19 +47,22 @@ def flat_batch(config, seed=0):
   return testing.pack(testing.lay_out(testing.documents(seed), config), config)[0]
 
 
-@pytest.mark.parametrize("targets,stage,top", [
-  ((QUERIES,), "all", {"llm"}),
-  ((".*",), "finetune", {"llm", "connector"}),
-  ((".*",), "projector", {"connector"}),
-], ids=["queries", "finetune", "projector"])
-def test_stages_and_targets_choose_adapters(targets, stage, top):
+@pytest.mark.parametrize("targets,stage,adapted,whole", [
+  ((QUERIES,), "all", {"llm"}, {"connector", "tower"}),
+  ((QUERIES,), "finetune", {"llm"}, {"connector"}),
+  ((".*",), "finetune", {"llm", "connector"}, set()),
+  ((".*",), "projector", {"connector"}, set()),
+], ids=["all", "queries", "everywhere", "projector"])
+def test_a_node_trains_by_its_adapters_or_whole(targets, stage, adapted, whole):
   config = recipe(targets)
   config.fusion.stage = stage
   module = find_fusion(config)
   _, leaves = states.initializer(module, config)
   optimizer = make_optimizer(config, module.STAGES, leaves)
-  assert {path.split("/")[0] for path in optimizer.trainable} == top
-  assert all(map(is_adapter, optimizer.trainable))
+  node = lambda path: path.split("/")[0]
+  assert {node(path) for path in optimizer.trainable} == adapted | whole
+  assert all(is_adapter(path) for path in optimizer.trainable if node(path) in adapted)
+  assert {path for path in leaves if node(path) in whole} <= set(optimizer.trainable)
   moments = flatten(optimizer.init(states.abstract_params(leaves, make_mesh(config)))[1].mu)
   assert set(moments) == set(optimizer.trainable)
 
@@ -166,6 +169,22 @@ def test_exactly_the_adapters_train_and_a_resumed_run_is_the_same(tmp_path):
     else:
       assert moved.reshape(len(leaf), -1).any(axis=-1).all() or "layers" not in path, path
       assert moved.any(), path
+
+
+def test_a_connector_trains_beside_a_frozen_decoder_with_adapters(tmp_path):
+  """LLaVA's second stage by LoRA: the decoder's own bits stay, its adapters and the connector move.
+  """
+  config = recipe()
+  config.fusion.stage = "finetune"
+  config.train.update(steps=2, compilation_cache=str(tmp_path / "cache"))
+  config.train.checkpoint_every = 1
+  train(config, tmp_path / "run", make_loader=Loader)
+  init, leaves = states.initializer(find_fusion(config), config)
+  abstract = states.abstract_params(leaves, make_mesh(config))
+  after = flatten(load_params(tmp_path / "run" / "checkpoints", abstract, None)[0])
+  for path, leaf in flatten(jax.jit(init)(jax.random.key(config.seed))).items():
+    moved = np.any(np.asarray(leaf) != np.asarray(after[path]))
+    assert moved == (is_adapter(path) or path.startswith("connector/")), path
 
 
 @pytest.mark.parametrize("fields,sentence", [

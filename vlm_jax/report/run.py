@@ -111,7 +111,7 @@ def _shapes(checkpoints: list[Entry]) -> dict[str, list[int]]:
 
 def fields(config: ConfigDict) -> dict[str, tuple[Any, Any]]:
   """Every field by its dotted name: (value, default); None where base.py has no such field."""
-  models = {"data.sources": base.source(), "evals": base.evaluation()}
+  models = base.entries()
   flat: dict[str, tuple[Any, Any]] = {}
 
   def visit(node: Any, model: Any, prefix: str) -> None:

