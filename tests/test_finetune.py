@@ -137,12 +137,6 @@ def test_the_parameters_are_those_published(place):
   begun, there = vlm_jax.load(f"configs/finetune.py:{INIT}"), vlm_jax.load("llava-1.5")
   a, b = flatten(begun.params), flatten(there.params)
   assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
-  drawn = recipe()
-  drawn.fusion.init = ""
-  from vlm_jax.bundle import of_recipe
-
-  other = flatten(of_recipe(drawn).params)
-  assert sum(np.array_equal(a[path], other[path]) for path in a) < len(a) / 2
 
 
 def test_a_run_goes_on(place):
@@ -158,6 +152,30 @@ def test_a_run_goes_on(place):
     a, b = (flatten(vlm_jax.load(path).params)
             for path in ("first", f"configs/finetune.py:{words}"))
     assert all(np.array_equal(a[path], b[path]) for path in a | b)
+
+
+def test_adapters_of_a_run_are_merged_into_where_the_next_begins(place):
+  from vlm_jax.convert import adapters
+  from vlm_jax.core.adapters import is_adapter
+  from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.core.tree import unflatten
+  from vlm_jax.train import checkpoint_tools, initial
+
+  config = recipe(INIT + ",lora,debug")
+  _, leaves = state.initializer(find_fusion(config), config)
+  rng = np.random.default_rng(0)
+  params = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
+  run = place / "adapted"
+  run.mkdir()
+  checkpoint_tools.write_run(run, config.to_json(), 4, unflatten(params), {})
+  fresh = recipe(f"init={run},data=my.json,images=images")
+  assert fresh.lora.rank == 0
+  found = initial.read(fresh, {path: leaf for path, leaf in leaves.items() if not is_adapter(path)})
+  want = flatten(adapters.merge(unflatten(params), config)[0])
+  assert found.keys() == want.keys()
+  assert all(np.array_equal(found[path], want[path]) for path in want)
+  moved = [path for path in want if not np.array_equal(want[path], params[path])]
+  assert len(moved) == 7 and all(path.startswith("llm/") for path in moved)
 
 
 def test_messages_by_their_ending(place):
