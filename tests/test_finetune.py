@@ -206,3 +206,31 @@ def test_one_sentence_for_what_is_wrong(place, words, kind, sentence):
   with pytest.raises(kind, match=sentence) as raised:
     recipe(words)
   assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("system", ["llava_next", "paligemma"])
+def test_other_systems(place, system):
+  """Everything is read, and two pictures of the largest kind fit into a row."""
+  from tests.convert.test_systems import SYSTEMS, their_model, write_tokenizer
+  from vlm_jax.core.document import Image
+  from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.train import initial
+
+  _, (words, roles), strategy = SYSTEMS[system]
+  their_model(system).save_pretrained(place / system)
+  write_tokenizer(place / system, words, roles)
+  config = recipe(f"init={system},data=my.json,images=images")
+  assert config.fusion.name == strategy and config.fusion.stage == "all"
+  assert config.data.template == {"paligemma": "newline"}.get(system, "marks")
+  module = find_fusion(config)
+  _, leaves = state.initializer(module, config)
+  assert initial.read(config, leaves).keys() == leaves.keys()
+  assert {path.split("/")[0] for path in trains(config)} >= {"tower", "connector", "llm"}
+  bundle, side = vlm_jax.Bundle(config, {}), config.tower.image_size
+  pictures = [Image(np.zeros((down * side, across * side, 3), np.uint8))
+              for down, across in config.data.decode.grids or [(1, 1)]]
+  words = bundle.slots(bundle.question("w20"))
+  slots = max(bundle.slots(bundle.question("w20", [one, one])) for one in pictures)
+  assert slots - words == config.data.tokens - 512 > 0
+  squares = max(len(bundle.processor(one).squares) for one in pictures)
+  assert config.data.images == 2 * squares and (squares > 1) == (system == "llava_next")
