@@ -24,7 +24,7 @@ from vlm_jax.evals.run import evaluate
 from vlm_jax.generate.sampling import Sampling
 from vlm_jax.train import checkpoint_tools
 
-TOLERANCE = 2e-5  # of log-probabilities; measured 2e-6
+TOLERANCE = 2e-5  # of logits and log-probabilities, whose measured errors are below 4e-7
 RECIPE = """from tests.generate.helpers import tiny
 from vlm_jax.configs import base
 
@@ -113,8 +113,9 @@ def test_scores_are_those_of_the_evaluation(setup, bundle, run):  # noqa: F811
       assert len(log_p) == want["tokens"] > 20
       return abs(-log_p.mean() - want["loss"]) / want["loss"]
 
-    assert error(bundle) < TOLERANCE
-    assert error(other) > 100 * TOLERANCE
+    found = error(bundle)
+    print(f"{name}: loss within {found:.1e}")
+    assert found < TOLERANCE < error(other) / 100
 
 
 def test_scores_are_of_the_logits(bundle, split):
@@ -126,7 +127,8 @@ def test_scores_are_of_the_logits(bundle, split):
     by_hand = np.asarray(jax.nn.log_softmax(one))[weight, list(score.tokens)]
     off = np.asarray(jax.nn.log_softmax(one))[np.roll(weight, 1), list(score.tokens)]
     error = lambda log_p, score=score: np.abs(log_p - score.log_probs).max() / np.abs(log_p).max()
-    assert error(by_hand) < TOLERANCE and error(off) > 100 * TOLERANCE
+    print(f"score and logits within {error(by_hand):.1e}")
+    assert error(by_hand) < TOLERANCE < error(off) / 100
 
 
 def test_packed_is_alone(bundle, split):
@@ -150,8 +152,9 @@ def test_packed_is_alone(bundle, split):
   def leak(flat):
     flat["masks/text/lo"][:] = 0
 
-  assert error(lambda flat: None) < TOLERANCE  # measured 1e-6
-  assert error(leak) > 100 * TOLERANCE
+  found = error(lambda flat: None)
+  print(f"packed and alone within {found:.1e}")
+  assert found < TOLERANCE < error(leak) / 100
 
 
 def test_answers_do_not_depend_on_their_batch(bundle, split):
@@ -189,7 +192,7 @@ def odd(kind):
     exif[0x0112] = 6
     picture.convert("RGB").save(file, "JPEG", exif=exif)
   else:
-    (picture.quantize(9) if kind == "palette" else picture).save(file, "PNG")
+    (picture.convert("RGB").quantize(9) if kind == "palette" else picture).save(file, "PNG")
   return file.getvalue()
 
 
@@ -220,7 +223,7 @@ def test_a_recipe_is_what_training_begins_with(recipe, run):
   optimizer = make_optimizer(config, module.STAGES, leaves)
   abstract = state.abstract_state(leaves, optimizer.init, make_mesh(config, jax.devices()[:1]))
   assert same(fresh.params, state.create(init, optimizer.init, abstract, config.seed).params)
-  assert fresh.step == 0 and fresh.answer("why?", [png(1, 16)], max_tokens=2).prompt_tokens > 4
+  assert fresh.step == 0 and fresh.tokenizer.vocab_size == 270
   # A whole model to start from: the newest checkpoint of a run, or the one that is named.
   for place, step in ((run, 4), (run / "checkpoints" / "3", 3)):
     started = vlm_jax.load(f"{recipe}:{place}")

@@ -340,7 +340,10 @@ def of_recipe(config: ConfigDict, root: str | None = None) -> Bundle:
   config.data.root = root or config.data.root
   init, leaves = states.initializer(find_fusion(config), config)
   found = initial.read(config, leaves)
-  params = jax.jit(init)(jax.random.key(config.seed))
+  if found.keys() == leaves.keys():  # nothing is left to be drawn
+    params = states.abstract_params(leaves, make_mesh(config, jax.devices()[:1]))
+  else:
+    params = jax.jit(init)(jax.random.key(config.seed))
   return Bundle(config.lock(), initial.place(params, found))
 
 

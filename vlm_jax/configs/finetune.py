@@ -12,9 +12,10 @@ and its perplexity is measured at the end. Arguments, joined by commas:
   lora         adapters of rank 16 at every linear layer of the language model learn, nothing else
   debug        four steps of two rows, to see that everything is there
 
-One pass over the records at one document a row; rows have room for two pictures of the largest
-kind, so a pass is more than that. Rates are those of LLaVA-1.5's scripts: 2e-5, with adapters 2e-4.
-What a row holds, for a run as it was: raise config.data.images and tokens for more pictures.
+The steps are one pass over the records at a document a row; a row has room for two pictures of the
+largest kind, so it may be two passes. The rows of a run stay as they were. Documents of more
+pictures need more config.data.images and config.data.tokens. Rates are those of LLaVA-1.5:
+2e-5, with adapters 2e-4.
 """
 
 import os

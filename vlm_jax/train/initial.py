@@ -79,7 +79,9 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
   else:
     folder, step = checkpoint_tools.locate(init)
     contents = checkpoint_tools.sound(folder, step, ("params",))
-    params, _ = adapters.merge(unflatten(contents.arrays)["params"], load_config(folder.parent))
+    params = unflatten(contents.arrays)["params"]
+    if any(map(is_adapter, contents.arrays)):
+      params, _ = adapters.merge(params, load_config(folder.parent))
   flat = flatten(params)
   mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
   _same(f"config.fusion.init={init}", flat, mine)
