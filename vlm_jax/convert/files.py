@@ -34,7 +34,10 @@ def read_processor(directory: str | os.PathLike, config: ConfigDict) -> None:
   if not (path := Path(directory) / processor.FILE).exists():
     return
   tower, decode = processor.read(safetensors_io.read_json(path))
-  if tower["image_size"] != config.tower.image_size:
+  if decode["fit"] == "naflex":  # which may give a tower more patches than it has positions
+    native = config.tower.position_size or config.tower.image_size
+    config.tower.position_size = 0 if tower["image_size"] == native else native
+  elif tower["image_size"] != config.tower.image_size:
     raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
                      f"tower sees {config.tower.image_size}; they are not of one checkpoint")
   config.tower.update(tower)

@@ -83,11 +83,11 @@ def keep(directory: Path, folder: Path) -> None:
   if kind == "siglip2" or (not found.kind and kind in KINDS and (
       kind != "siglip" or (directory / published.PIECES).is_file())):
     more["tokenizer_class"] = KINDS[kind]
-  if not found.token("image_token") and (image := _image(directory, found)):
+  if kind not in KINDS and not found.token("image_token") and (image := _image(directory, found)):
     more["image_token"] = image
   path = folder / published.CONFIG
   settings = safetensors_io.read_json(path) if path.is_file() else {}
-  if more.items() - settings.items():
+  if any(settings.get(field) != value for field, value in more.items()):
     safetensors_io.write_json(path, settings | more)
 
 
