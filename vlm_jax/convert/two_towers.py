@@ -140,12 +140,13 @@ def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
   return config
 
 
-def write_config(config: ConfigDict) -> dict[str, Any]:
-  """Their config.json of `config`'s model.
+def write_config(config: ConfigDict, image_token: int = 0) -> dict[str, Any]:
+  """Their config.json of `config`'s model; no text holds a picture, so `image_token` means nothing.
 
   Raises:
     UsageError: the config is of no such system; the sentence names the field.
   """
+  del image_token
   text, vision = nodes.write(config.llm, "llm"), nodes.write(config.tower, "towers")
   kind = vision["model_type"].removesuffix("_vision_model")
   if kind not in SYSTEMS or SYSTEMS[kind].fusion != config.fusion.name:
