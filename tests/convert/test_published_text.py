@@ -175,13 +175,25 @@ def test_it_answers_as_theirs(imported):
 def test_its_files_are_written_again(imported):
   folder, _ = imported
   assert convert(folder / "run", "--to=hf", f"--out={folder / 'out'}", "--check") == 0
-  for name in ("tokenizer.json", "chat_template.jinja", "processor_config.json"):
+  for name in ("tokenizer.json", "chat_template.jinja"):
     assert (folder / "out" / name).read_bytes() == (folder / "theirs" / name).read_bytes(), name
   settings = json.loads((folder / "out" / "tokenizer_config.json").read_text())
   before = json.loads((folder / "theirs" / "tokenizer_config.json").read_text())
   assert before.items() <= settings.items()
   back = transformers.AutoProcessor.from_pretrained(folder / "out")
   assert back.chat_template == test_chat.VICUNA
+  before = transformers.AutoProcessor.from_pretrained(folder / "theirs")
+  picture = PIL.open(folder / "a.png")
+  for text in ("<image> what", "no"):
+    ids = [one(images=picture, text=text)["input_ids"] for one in (before, back)]
+    assert ids[0] == ids[1]
+  config, _, _ = runs.open_run(str(folder / "run"))
+  assert (config.data.decode.fit, config.data.decode.kernel) == ("center_crop", "bicubic")
+  made = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
+  ours = pipeline.image_decoder(config)(Image((folder / "a.png").read_bytes())).values
+  ours = (ours / 255 - np.array(config.tower.mean)) / np.array(config.tower.std)
+  theirs = np.asarray(made(picture, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+  assert np.abs(ours - theirs).max() < 1e-5
 
 
 def test_refusals(imported, capsys):

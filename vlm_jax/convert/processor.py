@@ -25,6 +25,7 @@ from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.data import images
 
 FILE = "preprocessor_config.json"
+WHOLE, NODE = "processor_config.json", "image_processor"  # where transformers 5 has the same
 CLIP = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True, "resample": 3,
         "image_mean": (0.48145466, 0.4578275, 0.40821073),
