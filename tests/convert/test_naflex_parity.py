@@ -169,7 +169,8 @@ def test_grids_of_their_own_are_refused_by_name(made):
       fusion.find_fusion(other).order(other, picture)
   with pytest.raises(UsageError, match="fit is 'naflex'; it needs config.tower.patch"):
     images.Decoding(fit="naflex")
-  for field, value, sentence in (("pool", "gap", "pool is 'gap'"),
+  for field, value, sentence in (("name", "dinov2", "grids config.tower.name 'dinov2' does not"),
+                                 ("pool", "gap", "pool is 'gap'"),
                                  ("position_resize", "bicubic", "need 'bilinear_antialias'")):
     other = config.copy_and_resolve_references()
     other.tower[field] = value

@@ -209,8 +209,11 @@ def pool_image(batch: Batch, config: ConfigDict) -> Array | None:
   """
   if "images" not in batch.media:
     return None
-  tower = find_tower(config).Model(config.tower, config.attention, precision(config), name="tower")
-  media = batch.media["images"]
+  module, media = find_tower(config), batch.media["images"]
+  if media.grid is not None and not getattr(module, "GRIDS", False):
+    raise UsageError(f"config.data.decode.fit is 'naflex', whose grids config.tower.name "
+                     f"'{config.tower.name}' does not read; use another fit or 'siglip2'")
+  tower = module.Model(config.tower, config.attention, precision(config), name="tower")
   pooled = (tower(media.values) if media.grid is None else tower(media.values, media.grid)).pooled
   if pooled is None:
     raise UsageError(f"config.tower.pool is '{config.tower.pool}', but config.fusion.name "

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from vlm_jax.core import hf
 from vlm_jax.core.errors import UsageError
 from vlm_jax.towers import vit
-from vlm_jax.towers.vit import Model, attention_shape, grid, unread
+from vlm_jax.towers.vit import GRIDS, Model, attention_shape, grid, unread
 
-__all__ = ["KEYS", "MODEL_TYPES", "Model", "attention_shape", "grid", "read_hf", "unread",
+__all__ = ["GRIDS", "KEYS", "MODEL_TYPES", "Model", "attention_shape", "grid", "read_hf", "unread",
            "write_hf"]
 
 # Ours, theirs, operation: their patches are (row, column, channel) already.

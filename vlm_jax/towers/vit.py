@@ -42,6 +42,7 @@ SIZES = {
   "G": (1664, 48, 8192, 16),
 }
 POOLS = ("none", "gap", "tok", "map")
+GRIDS = True  # it reads images with grids of their own, see `Model`
 
 # Ours, theirs (CLIP and SigLIP share names but the patch, positions and first norm), operation.
 KEYS = (
