@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from tests.convert import tiny_llava
-from vlm_jax.convert import adapters, llava, parity
+from tests.convert import test_systems, tiny_llava
+from vlm_jax.configs import base
+from vlm_jax.convert import adapters, files, llava, parity, systems
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.errors import DataError, UsageError
-from vlm_jax.core.tree import unflatten
+from vlm_jax.core.tree import flatten, unflatten
 
 TOLERANCE = 2e-4  # max|a - b| / max|b| of the logits
 IMAGE = 5
@@ -143,3 +144,60 @@ def test_writing_refuses_what_is_there_and_what_is_not(made):
   with pytest.raises(UsageError, match="config.connector.name is 'linear'"):
     adapters.write(folder / "none", other, unflatten(flat))
   assert not (folder / "none").exists()
+
+
+SYSTEMS = {  # what is adapted in each
+  "llava_next": ("llm/.*", "tower/.*/attention", "connector"),
+  "paligemma": ("llm/.*/(query|mlp)", "tower/layers/.*", "connector"),
+  "clip": ("llm/layers/.*", "tower/layers/attention", ".*_projection"),
+  "siglip": ("llm/layers/mlp", "tower/layers/attention", "text_projection"),
+  "siglip2": ("llm/layers/mlp", "tower/layers/attention", "text_projection"),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_merges_in_peft_to_what_it_merges_to_here(system, tmp_path):
+  model = test_systems.SYSTEMS[system][0]()
+  model.save_pretrained(tmp_path / "base")
+  recipe = base.get_config()
+  recipe.data.sources.only = base.source(name="only")
+  config, params = systems.read(tmp_path / "base", recipe)
+  config.lora.update(rank=2, alpha=5.0, targets=SYSTEMS[system])
+  rng, flat = np.random.default_rng(0), flatten(params)
+  noise = {path: rng.normal(0, 0.3, shape).astype(np.float32)
+           for path, shape in files.shapes(config).items() if is_adapter(path)}
+  assert len(noise) > 6
+  adapters.write(tmp_path / "ours", config, unflatten(flat | noise))
+  theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").merge_and_unload()
+  theirs.save_pretrained(tmp_path / "merged")
+  expected = flatten(systems.read(tmp_path / "merged", recipe)[1])
+  ours = flatten(adapters.merge(unflatten(flat | noise), config)[0])
+  moved = [path for path in flat if error(flat[path], expected[path]) > 1e-2]
+  assert set(moved) == {path.rpartition("/")[0] + "/kernel" for path in noise}
+  assert max(error(ours[path], expected[path]) for path in ours) < 1e-5
+  back = adapters.read(tmp_path / "ours", config)
+  assert all(np.array_equal(back[path], leaf) for path, leaf in noise.items())
+
+
+def test_adapters_of_a_language_model_alone_are_read(made, tmp_path):
+  """Those of a LlamaForCausalLM go into the llm of a LLaVA."""
+  _, config, flat = made
+  config = adapted(("llm/layers/attention/(query|value)",))
+  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=config.llm.vocab_size, hidden_size=config.llm.width,
+    intermediate_size=config.llm.mlp, num_hidden_layers=config.llm.depth,
+    num_attention_heads=config.llm.heads, num_key_value_heads=config.llm.kv_heads,
+    head_dim=config.llm.head_dim or None))
+  model = peft.get_peft_model(llama, peft.LoraConfig(
+    r=3, lora_alpha=7.0, target_modules=["q_proj", "v_proj"]))
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if "lora_" in name:
+        weight.normal_(0, 0.3)
+  model.save_pretrained(tmp_path)
+  found = adapters.read(tmp_path, config)
+  assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
+  a = dict(model.named_parameters())[
+    "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"].detach().numpy()
+  np.testing.assert_array_equal(found["llm/layers/attention/value/lora_a"][1].reshape(-1, 3), a.T)

@@ -39,10 +39,8 @@ CLIP = ({39: "<|startoftext|>", 40: "<|endoftext|>"},
         {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
          "pad_token": "<|endoftext|>"})
 SIGLIP = ({0: "<pad>", 1: "<eos>", 2: "<bos>"},
-          {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_eos_token": True,
-           "add_bos_token": False})
-GEMMA = ({**SIGLIP[0], 3: "\n", 60: "<image>"},
-         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+          {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+GEMMA = ({**SIGLIP[0], 3: "\n", 60: "<image>"}, SIGLIP[1])
 CLOSED = {"clip": ([39], [40]), "siglip": ([], [1]), "siglip2": ([], [1])}  # ends of a caption
 
 
@@ -110,9 +108,10 @@ def write_tokenizer(folder, words, roles):
   inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w7"))
   inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
   inner.add_special_tokens([word for word in words.values() if word.startswith("<")])
-  if words is CLIP[0]:
-    inner.post_processor = tokenizers.processors.RobertaProcessing(
-      ("<|endoftext|>", 40), ("<|startoftext|>", 39), False, False)
+  ends = {id(CLIP[0]): "<|startoftext|> $A <|endoftext|>", id(SIGLIP[0]): "$A <eos>"}.get(id(words))
+  if ends:
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single=ends, special_tokens=[
+      (word, row) for row, word in words.items() if word in ends.split()])
   inner.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(json.dumps(roles))
 

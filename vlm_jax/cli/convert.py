@@ -9,7 +9,7 @@ The first reads a LLaVA, LLaVA-NeXT, PaliGemma, CLIP or SigLIP of Hugging Face: 
 decides the model, the recipe everything else. RUN then holds step 0; `vlm-jax train --workdir=RUN`
 trains it, `evaluate` and, where it speaks, `generate` and `predict` use it. The second writes
 weights, config, image processor and tokenizer, of a LLaVA the chat template too, as transformers
-loads them, adapters merged; the third only the adapters of a LLaVA, as PEFT loads them. The last
+loads them, adapters merged; the third only the adapters, as PEFT loads them. The last
 writes a Llama of llama.cpp as transformers loads it, with a tokenizer for config.data.tokenizer
 beside it. To start a module alone from weights of another program, set config.tower.init,
 config.connector.init or config.llm.init in a recipe.

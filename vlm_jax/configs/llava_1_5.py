@@ -9,8 +9,9 @@ of github.com/haotian-liu/LLaVA):
   finetune   connector, language model  2e-5   128    the whole on a square of CLIP's mean colour
 
 A row holds one picture and its text, up to 2048 slots. Theirs predicts captions without the
-question in the first stage, and its prompts are Vicuna's; here the tokenizer's marks open turns.
-The data are LLaVA's own files, put into the folder you start from. Arguments, joined by commas:
+question in the first stage, and its prompts are Vicuna's; here our marks open turns, unless
+config.data.template is a chat template. The data are LLaVA's own files, put into the folder you
+start from. Arguments, joined by commas:
 
   7b, 13b              the language model (default 7b)
   pretrain, finetune   the stage (default finetune)

@@ -1,7 +1,8 @@
 """Adapters (LoRA, arXiv:2106.09685): merged into their weights, and as files of PEFT.
 
 PEFT keeps them in `adapter_config.json` and `adapter_model.safetensors`: lora_A [rank, in] and
-lora_B [out, rank] under the names that transformers 5 gives the modules of a LLaVA in memory.
+lora_B [out, rank] under the names that transformers 5 gives the modules of a published system in
+memory. Those of a language model alone are read, too, into the one inside a system.
 """
 
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import llava, safetensors_io, table
+from vlm_jax.convert import files, llava, safetensors_io, systems, table
 from vlm_jax.core import hf
 from vlm_jax.core.adapters import A, Adapters, B, adapters, is_adapter
 from vlm_jax.core.errors import DataError, UsageError
@@ -21,12 +22,14 @@ from vlm_jax.core.typing import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# The names of files (`llava.SPELLINGS` leads to them) to those of modules in memory.
+# The names of files (`llava.SPELLINGS` leads to them) to those of modules in memory; those of two
+# towers are the same.
 MEMORY = (
   (r"^language_model\.model\.", "model.language_model."),
   (r"^vision_tower\.vision_model\.", "model.vision_tower."),
   (r"^multi_modal_projector\.", "model.multi_modal_projector."),
 )
+ALONE = ((r"^model\.(?=layers\.)", llava.LLM + "model."),)  # a language model's own names
 # What PEFT can also do and these adapters cannot: its fields, with the values that mean no.
 WITHOUT = (
   ("use_dora", False, False), ("use_rslora", False, False), ("bias", "none", "none"),
@@ -74,7 +77,7 @@ def product(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> None:
-  """Writes the adapters of a LLaVA for `PeftModel.from_pretrained` on its base model.
+  """Writes the adapters of a system for `PeftModel.from_pretrained` on its base model.
 
   Args:
     directory: made if missing; must not hold adapters.
@@ -82,7 +85,8 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
     params: of the model; only the adapters are read.
 
   Raises:
-    UsageError: there are no adapters, the directory has some, or the model is not a LLaVA.
+    UsageError: there are no adapters, the directory has some, or the model is of no published
+      system.
     DiskError: it cannot be written.
   """
   lora = adapters(config)
@@ -90,7 +94,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
     raise UsageError("config.lora.rank is 0, so there are no adapters to write; use --to=hf")
   base = config.copy_and_resolve_references()
   base.lora.rank = 0
-  llava.write_config(base, image_token=0)  # refuses what is not a LLaVA
+  systems.writer(base).write_config(base, image_token=0)  # refuses what their model cannot be
   flat = {path: leaf for path, leaf in flatten(params).items() if is_adapter(path)}
   found = entries(config, {path: leaf.shape for path, leaf in flat.items()})
   rename = table.renamer(MEMORY)
@@ -103,7 +107,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
 
 
 def read(directory: str | os.PathLike, config: ConfigDict) -> dict[str, np.ndarray]:
-  """The adapters of a PEFT directory for a LLaVA: our paths to arrays.
+  """The adapters of a PEFT directory for a system, or for its language model alone, by our paths.
 
   Args:
     directory: holds adapter_config.json and adapter_model.safetensors.
@@ -124,8 +128,8 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> dict[str, np.ndarr
     if float(value) != float(ours):
       raise UsageError(f"config.lora.{field} is {ours} but {directory / CONFIG} says {value}; set "
                        f"config.lora.{field}={value}")
-  shapes = {path: shape for path, shape in llava.shapes(config).items() if is_adapter(path)}
-  spell = table.renamer(((rf"^{re.escape(PREFIX)}", ""), *llava.SPELLINGS))
+  shapes = {path: shape for path, shape in files.shapes(config).items() if is_adapter(path)}
+  spell = table.renamer(((rf"^{re.escape(PREFIX)}", ""), *ALONE, *llava.SPELLINGS))
   with safetensors_io.Reader(directory / WEIGHTS) as reader:
     try:
       return flatten(table.load(reader, entries(config, shapes), spell))
@@ -140,7 +144,7 @@ def entries(config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> list[tabl
     UsageError: one is at a layer that is no linear layer there (the patches' convolution).
   """
   parts, known = [], set()
-  for ours, theirs, keys in llava.parts(config):
+  for ours, theirs, keys in systems.writer(config).parts(config):
     rows = [row for row in keys if row[2] in ("in", "out") and row[0].endswith("/kernel")]
     known |= {ours + row[0].removesuffix("/kernel") for row in rows}
     parts.append((ours, theirs, tuple(

@@ -1,6 +1,9 @@
-"""Key tables of .npz checkpoints: the ViT of big_vision (SigLIP, PaliGemma) and vision_transformer.
+"""Key tables of .npz checkpoints: big_vision's SigLIP and PaliGemma, vision_transformer's ViT.
 
-Their kernels are [in, out] with heads apart, as ours, so nearly everything is a copy.
+Their kernels are [in, out] with heads apart, as ours, so nearly everything is a copy. The names are
+those that the converters of transformers read (convert_siglip_to_hf.py,
+convert_paligemma_weights_to_hf.py): "img" is a ViT, in a PaliGemma with the projection as its head;
+"txt" SigLIP's text tower; "llm" Gemma 1, in which one head of keys and values is shared.
 """
 
 import re
@@ -40,7 +43,30 @@ VIT: Keys = (
   *_norm("pool/norm", f"{POOL}/LayerNorm_0"),
   *_mlp("pool/mlp", POOL),
 )
-TABLES = {"vit": VIT}  # by the module's name
+TEXT: Keys = (
+  ("embed/embedding", "Embed_0/embedding", "copy"),
+  ("positions", "pos_embedding", "lead"),
+  *((ours, theirs.replace("Transformer/", "Encoder_0/"), op) for ours, theirs, op in VIT
+    if ours.startswith("layers/")),
+  *_norm("norm", "Encoder_0/encoder_norm"),
+)
+LINEAR: Keys = (("linear/kernel", "head/kernel", "copy"), ("linear/bias", "head/bias", "copy"))
+_LLM, _ATTENTION = "layers_{layer}", "layers_{layer}/attn"
+GEMMA: Keys = (
+  ("embed/embedding", "embedder/input_embedding", "copy"),
+  ("layers/attention_norm/scale", f"{_LLM}/pre_attention_norm/scale", "copy"),
+  ("layers/attention/query/kernel", f"{_ATTENTION}/q_einsum/w", "heads"),
+  ("layers/attention/key/kernel", f"{_ATTENTION}/kv_einsum/w[0/2]", "heads_lead"),
+  ("layers/attention/value/kernel", f"{_ATTENTION}/kv_einsum/w[1/2]", "heads_lead"),
+  ("layers/attention/out/kernel", f"{_ATTENTION}/attn_vec_einsum/w", "copy"),
+  ("layers/mlp_norm/scale", f"{_LLM}/pre_ffw_norm/scale", "copy"),
+  ("layers/mlp/gate/kernel", f"{_LLM}/mlp/gating_einsum[0/2]", "lead"),
+  ("layers/mlp/up/kernel", f"{_LLM}/mlp/gating_einsum[1/2]", "lead"),
+  ("layers/mlp/down/kernel", f"{_LLM}/mlp/linear", "copy"),
+  ("norm/scale", "final_norm/scale", "copy"),
+)
+# By the module's name.
+TABLES = {"vit": VIT, "text_tower": TEXT, "linear": LINEAR, "gemma": GEMMA}
 # vision_transformer numbers the parts of a block by their order, big_vision each kind apart.
 SPELLINGS = (
   (r"^Transformer/posembed_input/", ""),
@@ -48,5 +74,5 @@ SPELLINGS = (
   (r"(?<=/)MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"),
   (r"(?<=/)MlpBlock_3/", "MlpBlock_0/"),
 )
-# Layers of a classifier, or of what follows the tower; a VLM reads the patches.
+# Layers of a classifier, or of what follows the tower, which is no part of it.
 UNREAD = re.compile(r"(head|pre_logits)/(kernel|bias)")

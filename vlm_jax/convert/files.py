@@ -26,15 +26,24 @@ def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
 
 
 def read_processor(directory: str | os.PathLike, config: ConfigDict) -> None:
-  """Sets how the preprocessor_config.json of a checkpoint, if there is one, makes pixels.
+  """Sets how the image processor of a checkpoint, if there is one, makes pixels.
+
+  It is a node of processor_config.json, as transformers 5 writes it, or a file of its own.
 
   Raises:
     UsageError: it makes other pixels than the tower of `config` sees, or as `processor.read`.
   """
-  if not (path := Path(directory) / processor.FILE).exists():
-    return
-  tower, decode = processor.read(safetensors_io.read_json(path))
-  if tower["image_size"] != config.tower.image_size:
+  whole, alone = (Path(directory) / name for name in (processor.WHOLE, processor.FILE))
+  theirs = safetensors_io.read_json(whole).get(processor.NODE) if whole.exists() else None
+  if theirs is None:
+    if not alone.exists():
+      return
+    theirs = safetensors_io.read_json(alone)
+  tower, decode = processor.read(theirs)
+  if decode["fit"] == "naflex":  # which may give a tower more patches than it has positions
+    native = config.tower.position_size or config.tower.image_size
+    config.tower.position_size = 0 if tower["image_size"] == native else native
+  elif tower["image_size"] != config.tower.image_size:
     raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
                      f"tower sees {config.tower.image_size}; they are not of one checkpoint")
   config.tower.update(tower)

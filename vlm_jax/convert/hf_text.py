@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import safetensors_io
+from vlm_jax.convert import processor, safetensors_io
 from vlm_jax.core.errors import DataError, UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import published
@@ -82,11 +82,11 @@ def keep(directory: Path, folder: Path) -> None:
   if kind == "siglip2" or (not found.kind and kind in KINDS and (
       kind != "siglip" or (directory / published.PIECES).is_file())):
     more["tokenizer_class"] = KINDS[kind]
-  if not found.token("image_token") and (image := _image(directory, found)):
+  if kind not in KINDS and not found.token("image_token") and (image := _image(directory, found)):
     more["image_token"] = image
   path = folder / published.CONFIG
   settings = safetensors_io.read_json(path) if path.is_file() else {}
-  if more.items() - settings.items():
+  if any(settings.get(field) != value for field, value in more.items()):
     safetensors_io.write_json(path, settings | more)
 
 
@@ -116,6 +116,7 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
   if os.path.isdir(config.data.tokenizer):
     for path in published.paths(config.data.tokenizer):
       shutil.copy(path, directory)
+    _drop_images(directory / processor.WHOLE)
   else:
     _write_ours(directory, config, tokenizer, speaks)
   if tokenizer.chat and config.data.template != our.CHECKPOINT:
@@ -136,6 +137,13 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     "vision_feature_select_strategy": "default" if tower.class_token else "full",
     "num_additional_image_tokens": int(tower.class_token),
   })
+
+
+def _drop_images(path: Path) -> None:
+  """Leaves the image processor to its own file, for the run may make other pixels by now."""
+  theirs = safetensors_io.read_json(path) if path.is_file() else {}
+  if theirs.pop(processor.NODE, None):
+    safetensors_io.write_json(path, theirs)
 
 
 def _write_ours(directory: Path, config: ConfigDict, tokenizer: Tokenizer, speaks: bool) -> None:

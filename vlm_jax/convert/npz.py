@@ -1,8 +1,8 @@
 """Reads .npz checkpoints as big_vision and vision_transformer write them, array by array.
 
 Their keys are paths of Flax modules. Arrays below one collection ("params/", "opt/target/") are
-named without it; layers that a scan stacked ("encoderblock/...", leading axis) are named one by one
-("encoderblock_3/..."), so that one table describes both kinds of file.
+named without it; layers that a scan stacked ("encoderblock/...", "llm/layers/...") are named one by
+one ("encoderblock_3/..."), so that one table describes both kinds of file.
 """
 
 import os
@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from vlm_jax.core.errors import DataError
 
 COLLECTIONS = re.compile(r"^(opt/target/|params/)+")
-STACKED = re.compile(r"(?<=encoderblock)(?=/)")
+STACKED = re.compile(r"((?<=encoderblock)|(?<=^llm/layers))(?=/)")
 
 
 class Reader:

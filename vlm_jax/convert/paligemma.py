@@ -87,14 +87,18 @@ def write(
   files.write(directory, tensors, theirs, pixels, shard_bytes)
 
 
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model (the parts name their own KEYS)."""
-  parts = (
+def parts(config: ConfigDict) -> tuple[table.Part, ...]:
+  """Where each module's tensors are; the modules name their own KEYS."""
+  return (
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("connector/", CONNECTOR + "linear.", fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
   )
-  return table.entries(parts, shapes(config))
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model."""
+  return table.entries(parts(config), shapes(config))
 
 
 def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:

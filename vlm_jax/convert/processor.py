@@ -1,12 +1,13 @@
 """preprocessor_config.json of Hugging Face: how an image becomes the pixels that a tower sees.
 
-Five image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
+Six image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
 CLIPImageProcessorFast, CLIPFeatureExtractor); they are ways of `config.data.decode.fit`:
 
   stretch      SigLIP, SigLIP 2 at one resolution, PaliGemma; any that resizes to a square
   center_crop  CLIP, DINOv2 (Bit): the shorter side, then a cut
   pad          LLaVA-1.5: a square with the mean colour around, then resized
   stretch      LLaVA-NeXT, and tiles besides (`config.data.decode.grids`)
+  naflex       SigLIP 2: every image its own grid of at most so many patches
 
 Processors on Pillow give the pixels of `config.data.decode.kernel` "bicubic" and the like, those on
 torchvision those of "torch_uint8_bicubic" and "torch_uint8_bilinear". A file whose processor is
@@ -14,6 +15,7 @@ called "Fast" was written by the latter; one without may be read by either (tran
 Pillow, 5 torchvision), and is Pillow's here, as it was when most were published.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.data import images
 
 FILE = "preprocessor_config.json"
+WHOLE, NODE = "processor_config.json", "image_processor"  # where transformers 5 has the same
 CLIP = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True, "resample": 3,
         "image_mean": (0.48145466, 0.4578275, 0.40821073),
@@ -34,7 +37,8 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # What a file that leaves something out means.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
   "CLIP": CLIP, "Bit": CLIP, "Llava": CLIP, "Siglip": SIGLIP,
-  "LlavaNext": {**CLIP, "image_grid_pinpoints": PINPOINTS}}
+  "LlavaNext": {**CLIP, "image_grid_pinpoints": PINPOINTS},
+  "Siglip2": {**SIGLIP, "resample": 2, "patch_size": 16, "max_num_patches": 256}}
 KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 FAST, TORCH = "Fast", "torch_uint8_"
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -90,7 +94,8 @@ def read(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   normal = theirs["do_normalize"]
   mean = tuple(theirs["image_mean"]) if normal else (0.0, 0.0, 0.0)
   std = tuple(theirs["image_std"]) if normal else (1.0, 1.0, 1.0)
-  side, fit = _tiles(theirs) if family == "LlavaNext" else _fit(theirs, family)
+  ways = {"LlavaNext": _tiles, "Siglip2": _patches}
+  side, fit = ways[family](theirs) if family in ways else _fit(theirs, family)
   tower = {"image_size": side, "mean": mean, "std": std}
   kernel = KERNELS[theirs["resample"]]
   if _name(theirs).endswith(FAST) and TORCH + kernel in images.UINT8:
@@ -109,6 +114,14 @@ def _tiles(theirs: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     raise UsageError(f"{FILE}: crop_size is {cut} but size {side}; a tile is not cut")
   found = grids(theirs["image_grid_pinpoints"], side)
   return side, {"fit": "stretch", "border": BLACK, "grids": found}
+
+
+def _patches(theirs: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+  """The side of the square with as many patches as an image has at most."""
+  count = theirs["max_num_patches"]
+  if math.isqrt(count) ** 2 != count:
+    raise UsageError(f"{FILE}: max_num_patches is {count}; only a square number can be imported")
+  return math.isqrt(count) * theirs["patch_size"], {"fit": "naflex"}
 
 
 def grids(sizes: Iterable, side: int) -> tuple[tuple[int, int], ...]:
@@ -181,13 +194,16 @@ def write(config: ConfigDict) -> dict[str, Any]:
   elif how.fit == "center_crop":
     fit = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
            "size": {"shortest_edge": how.shorter or side}, "crop_size": square}
+  elif how.fit == "naflex":
+    fit = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": config.tower.patch,
+           "max_num_patches": (side // config.tower.patch) ** 2}
   elif how.fit == "pad":
     if tuple(how.border) != mean_colour(mean):
       raise wrong("border", f"{mean_colour(mean)}, config.tower.mean in 8 bits")
     fit = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True,
            "size": {"shortest_edge": side}, "crop_size": square}
   else:
-    raise wrong("fit", "stretch, center_crop or pad")
+    raise wrong("fit", "stretch, center_crop, pad or naflex")
   if how.kernel in images.UINT8:
     fit["image_processor_type"] += FAST
   return fit | {

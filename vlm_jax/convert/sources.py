@@ -89,14 +89,14 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
   """
   name = config[node].name
   module = fusion.find(FLOORS[node], name, outside=config.outside)
-  tables = [keys for keys in (getattr(module, "KEYS", ()), big_vision.TABLES.get(name, ()))
-            if not set(shapes) - {path for path, _, _ in keys}]
-  if not tables:
+  flax = Path(path).suffix == ".npz"
+  keys = big_vision.TABLES.get(name, ()) if flax else getattr(module, "KEYS", ())
+  if set(shapes) - {path for path, _, _ in keys}:
     raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so no "
                      "weights of another program are known for it")
   try:
     with open_source(path) as source:
-      view, keys = find(source, tables, shapes)
+      view = find(source, keys, shapes)
       if node == "llm":
         _check_vocabulary(view, config)
       entries = table.entries((("", "", keys),), shapes)
@@ -105,9 +105,8 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
     raise DataError(f"config.{node}.init={path}: {error}") from error
 
 
-def find(source: table.Source, tables: list[table.Keys],
-         shapes: Mapping[str, table.Shape]) -> tuple[View, table.Keys]:
-  """The tensors below the prefix that has most of a table's keys, without it, and that table.
+def find(source: table.Source, keys: table.Keys, shapes: Mapping[str, table.Shape]) -> View:
+  """The tensors below the prefix that has most of a table's keys, without it.
 
   Raises:
     DataError: there is none, or two are equally good.
@@ -118,26 +117,22 @@ def find(source: table.Source, tables: list[table.Keys],
     twice = sorted(set(source.shapes) - set(spelled.values()))
     raise DataError(f"weights: '{twice[0]}' and '{spelled[rename(twice[0])]}' are two spellings of "
                     "one tensor; remove one of them")
-  best: tuple[int, str, table.Keys] = (0, "", tables[0])
-  for keys in tables:
-    expected = {entry.key for entry in table.entries((("", "", keys),), shapes)}
-    counts: collections.Counter[str] = collections.Counter()
-    for key in spelled:
-      starts = [0, *(match.end() for match in re.finditer(r"[./]", key))]
-      counts.update(key[:start] for start in starts if key[start:] in expected)
-    ranked = counts.most_common(2)
-    if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
-      raise DataError(f"weights: '{ranked[0][0]}' and '{ranked[1][0]}' both begin "
-                      f"{ranked[0][1]} keys of the module; give a file that holds it once")
-    if ranked and ranked[0][1] > best[0]:
-      best = (ranked[0][1], ranked[0][0], keys)
-  count, prefix, keys = best
-  if not count:
+  expected = {entry.key for entry in table.entries((("", "", keys),), shapes)}
+  counts: collections.Counter[str] = collections.Counter()
+  for key in spelled:
+    starts = [0, *(match.end() for match in re.finditer(r"[./]", key))]
+    counts.update(key[:start] for start in starts if key[start:] in expected)
+  ranked = counts.most_common(2)
+  if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
+    raise DataError(f"weights: '{ranked[0][0]}' and '{ranked[1][0]}' both begin "
+                    f"{ranked[0][1]} keys of the module; give a file that holds it once")
+  if not ranked:
     raise DataError(f"weights: no key ends like one of the module's, e.g. '{keys[0][1]}'; the "
                     f"first are {table.name_keys(sorted(spelled)[:3])}")
+  prefix = ranked[0][0]
   names = {key.removeprefix(prefix): theirs for key, theirs in spelled.items()
            if key.startswith(prefix)}
-  return View(source, names), keys
+  return View(source, names)
 
 
 def _spellings(source: table.Source) -> tuple[tuple[str, str], ...]:
@@ -153,6 +148,8 @@ def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str
     keys: of the module.
     shapes: of its parameters.
   """
+  if keys is big_vision.LINEAR:  # the head of a tower, whose layers lie beside it
+    return lambda key: True
   numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
   known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
   known.append(big_vision.UNREAD)

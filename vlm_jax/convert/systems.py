@@ -5,7 +5,7 @@ A converter is a module with MODEL_TYPES, FUSIONS (the strategies that it writes
   read_config(theirs, config)                                          ConfigDict
   read(directory, config, dtype)                                       ConfigDict, Params
   write(directory, config, params, image_token, shard_bytes, dtype)    None
-  shapes(config), entries(config)                                      parameters, their tensors
+  shapes(config), parts(config), entries(config)                       parameters, their tensors
 """
 
 import json

@@ -82,6 +82,11 @@ OPS = {
     lambda a: a.transpose(3, 2, 0, 1),
     lambda a, s: a.transpose(2, 3, 1, 0),
   ),
+  # Heads before the width: ours [D,H,C].
+  "heads": Op(lambda s: (s[1], s[0], s[2]), lambda a: a.transpose(1, 0, 2),
+              lambda a, s: a.transpose(1, 0, 2)),
+  "heads_lead": Op(lambda s: (1, s[1], s[0], s[2]), lambda a: a.transpose(1, 0, 2)[None],
+                   lambda a, s: a[0].transpose(1, 0, 2)),
   # Axes of size 1 in front.
   "lead": Op(lambda s: (1, *s), lambda a: a[None], lambda a, s: a.reshape(s)),
   "lead2": Op(lambda s: (1, 1, *s), lambda a: a[None, None], lambda a, s: a.reshape(s)),

@@ -2,7 +2,7 @@
 
 A CLIP is the strategy `clip`, a SigLIP or a SigLIP 2 the strategy `siglip`; the towers are whatever
 module has the model_type of their nodes. The checkpoints of SigLIP 2 for one resolution call
-themselves "siglip"; those that call themselves "siglip2" are read at their native square.
+themselves "siglip"; those that call themselves "siglip2" give every image a grid of its own.
 """
 
 import os
@@ -55,8 +55,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
   config = read_config(theirs, config)
-  if theirs["model_type"] != "siglip2":  # whose grids vary, ours do not
-    files.read_processor(directory, config)
+  files.read_processor(directory, config)
   with safetensors_io.Reader(directory) as reader:
     return config, load(reader, config, dtype)
 
@@ -90,19 +89,27 @@ def write(
   """
   del image_token
   theirs = {**write_config(config), "dtype": files.dtype_of(params, dtype).name}
-  pixels = _processor(config, theirs["model_type"])
+  pixels = config
+  if theirs["model_type"] == "siglip2":  # which reads nothing else
+    pixels = config.copy_and_resolve_references()
+    pixels.data.decode.fit = "naflex"
+  pixels = processor.write(pixels)
   tensors = table.export(params, entries(config), dtype)
   files.write(directory, tensors, theirs, pixels, shard_bytes)
 
 
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model (the parts name their own KEYS)."""
-  parts = (
+def parts(config: ConfigDict) -> tuple[table.Part, ...]:
+  """Where each module's tensors are; the modules name their own KEYS."""
+  return (
     ("tower/", TOWER, fusion.find_tower(config).KEYS),
     ("llm/", TEXT, fusion.find_llm(config).KEYS),
     ("", "", fusion.find_fusion(config).KEYS),
   )
-  return table.entries(parts, shapes(config))
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model."""
+  return table.entries(parts(config), shapes(config))
 
 
 def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
@@ -122,6 +129,8 @@ def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
   config.llm.update(nodes.read(text, "llm", f"{kind}_text_model"))
   config.tower.update(nodes.read(vision, "towers", f"{kind}_vision_model"))
   config.tower.pool = system.pool
+  if kind == "siglip2":
+    config.data.decode.update(fit="naflex", kernel="bilinear")
   if kind != "clip":
     size = text.get("projection_size") or config.llm.width
     if not vision.get("vision_use_head", True) or size != config.tower.width:
@@ -131,12 +140,13 @@ def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
   return config
 
 
-def write_config(config: ConfigDict) -> dict[str, Any]:
-  """Their config.json of `config`'s model.
+def write_config(config: ConfigDict, image_token: int = 0) -> dict[str, Any]:
+  """Their config.json of `config`'s model; no text holds a picture, so `image_token` means nothing.
 
   Raises:
     UsageError: the config is of no such system; the sentence names the field.
   """
+  del image_token
   text, vision = nodes.write(config.llm, "llm"), nodes.write(config.tower, "towers")
   kind = vision["model_type"].removesuffix("_vision_model")
   if kind not in SYSTEMS or SYSTEMS[kind].fusion != config.fusion.name:
@@ -158,16 +168,3 @@ def write_config(config: ConfigDict) -> dict[str, Any]:
             "vision_config": vision}
   text["projection_size"] = config.tower.width
   return {**theirs, "text_config": text, "vision_config": {**vision, "vision_use_head": True}}
-
-
-def _processor(config: ConfigDict, kind: str) -> dict[str, Any]:
-  """Their preprocessor_config.json: the same resize and pixel scaling."""
-  if kind != "siglip2":
-    return processor.write(config)
-  patches = (config.tower.image_size // config.tower.patch) ** 2
-  return {
-    "image_processor_type": "Siglip2ImageProcessor", "patch_size": config.tower.patch,
-    "max_num_patches": patches, "do_resize": True, "resample": 2,
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-    "image_mean": list(config.tower.mean), "image_std": list(config.tower.std),
-  }

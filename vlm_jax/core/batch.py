@@ -39,10 +39,18 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Media:
-  """One image axis of N slots: values u8[B,N,Height,Width,3], segment_ids i32[B,N] (0: empty)."""
+  """One image axis of N slots.
+
+  Attributes:
+    values: u8[B,N,Height,Width,3].
+    segment_ids: i32[B,N], 0: empty.
+    grid: i32[B,N,2], rows and columns of the patches of each image, which then stand in `values`
+      one behind the other, and padding behind them; None: every image fills its square.
+  """
 
   values: Array
   segment_ids: Array
+  grid: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -88,11 +88,16 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-  """One decoded image: as a whole, u8[H,W,3], and perhaps also in tiles of the same shape."""
+  """One decoded image: as a whole, u8[H,W,3], and perhaps also in tiles of the same shape.
+
+  With a `grid`, rows and columns of patches, `values` holds the patches of the image one behind the
+  other in the reading order of the square, and black behind the last (NaFlex, arXiv:2502.14786).
+  """
 
   values: np.ndarray
   turn: int = 0
   tiles: Tiles | None = None
+  grid: tuple[int, int] | None = None
 
   @property
   def squares(self) -> list[np.ndarray]:

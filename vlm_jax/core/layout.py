@@ -105,12 +105,18 @@ def mask_axes(fields: dict[str, Field]) -> dict[str, tuple[str, str]]:
           if parts[0] == "masks" and parts[2] == "lo"}
 
 
-def image_fields(height: int, width: int) -> dict[str, Field]:
-  """The fields of the media axis "images": u8 pixels and the document of each image (0: empty)."""
+def image_fields(height: int, width: int, grids: bool = False) -> dict[str, Field]:
+  """The fields of the media axis "images": u8 pixels and the document of each image (0: empty).
+
+  Args:
+    height: of an image in pixels.
+    width: of an image in pixels.
+    grids: whether each image has a grid of its own, see `Media`.
+  """
   return {
     "media/images/values": Field("images", dtype="uint8", shape=(height, width, 3)),
     "media/images/segment_ids": Field("images", shift="documents", base=1),
-  }
+  } | ({"media/images/grid": Field("images", shape=(2,))} if grids else {})
 
 
 def text_fields(name: str, length: int) -> dict[str, Field]:

@@ -194,9 +194,9 @@ class Draw:
     self._config, self._name = config, name
     entry = config.data.sources[name]
     images.check_augmentations(entry.augment, f"config.data.sources.{name}.augment")
-    if config.data.decode.grids and entry.augment:
-      raise UsageError(f"config.data.sources.{name}.augment changes a picture but not the tiles of "
-                       "config.data.decode.grids; leave one of them empty")
+    if (config.data.decode.grids or config.data.decode.fit == "naflex") and entry.augment:
+      raise UsageError(f"config.data.sources.{name}.augment changes a square, but not the tiles of "
+                       "config.data.decode.grids nor the patches of fit 'naflex'; leave it empty")
     self.records = Records(config, name, entry.split, entry.form, entry.images)
     self._augment = tuple(entry.augment)
     self._tokenizer = load_tokenizer(config)

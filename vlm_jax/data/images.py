@@ -70,6 +70,7 @@ class Decoding:
     shorter: center_crop: what the shorter side becomes before the cut, 0: the side of the square.
     kernel: how it is resized, one of `KERNELS`.
     grids: (rows, columns) of squares, into one of which an image is cut besides; (): none.
+    patch: naflex: side of the tower's patches, `config.tower.patch`.
   """
 
   max_pixels: int = 64 * 1024 * 1024
@@ -81,6 +82,7 @@ class Decoding:
   shorter: int = 0
   kernel: str = "bicubic"
   grids: tuple[tuple[int, int], ...] = ()
+  patch: int = 0
 
   def __post_init__(self):
     """Raises a UsageError that names the field when a value cannot be."""
@@ -105,12 +107,15 @@ class Decoding:
       raise wrong("grids", "use pairs (rows, columns), as in ((1, 2), (2, 1))")
     if self.kernel not in KERNELS:
       raise wrong("kernel", nearest(self.kernel, KERNELS))
+    if self.fit == "naflex" and (self.grids or self.patch < 1):
+      raise wrong("fit", "it needs config.tower.patch, and config.data.decode.grids to be ()")
 
 
 def decoding(config: ConfigDict) -> Decoding:
   """`config.data.decode`, checked; a UsageError names the field that cannot be."""
   fields = dict(config.data.decode)
   fields |= {name: tuple(fields[name]) for name in COLOURS}
+  fields |= {"patch": config.tower.patch} if fields["fit"] == "naflex" else {}
   return Decoding(**fields | {"grids": tuple(map(tuple, fields["grids"]))})
 
 
@@ -139,12 +144,13 @@ def picture(data: bytes | np.ndarray, size: int, how: Decoding) -> Pixels:
   Raises:
     BadExample: as in `decode`.
   """
-  if not how.grids:
+  if not how.grids and how.fit != "naflex":
     return Pixels(square(data, size, how))
   image = Image.fromarray(data) if isinstance(data, np.ndarray) else _open(data, how, 0)
-  shape = image.height, image.width
+  shape, whole = (image.height, image.width), np.array(FITS[how.fit](image, size, how), np.uint8)
+  if how.fit == "naflex":
+    return Pixels(whole, grid=naflex_grid(shape, size, how.patch))
   grid = choose_grid(shape, size, how.grids)
-  whole = np.array(FITS[how.fit](image, size, how), np.uint8)
   return Pixels(whole, tiles=Tiles(cut(image, size, grid, how), grid, shape))
 
 
@@ -222,6 +228,8 @@ def _reduce(image: Image.Image, how: Decoding, size: int) -> None:
   """Lets a JPEG be decoded smaller; of other formats nothing changes."""
   least = how.draft * max(size, how.shorter)
   width, height = image.size
+  if how.fit == "naflex":  # whose grid is that of the whole file
+    return
   if how.fit in ("stretch", "center_crop"):  # the shorter side fills the square
     image.draft("RGB", (least, least))
   else:
@@ -307,8 +315,38 @@ def pad(image: Image.Image, size: int, how: Decoding) -> Image.Image:
   return resize(canvas, (size, size), how.kernel)
 
 
+def naflex(image: Image.Image, size: int, how: Decoding) -> Image.Image:
+  """Resizes in proportion to whole patches, as many as the square has at most (SigLIP 2's NaFlex).
+
+  They follow one another in the reading order of the square's, black behind them.
+  """
+  p = how.patch
+  rows, columns = naflex_grid((image.height, image.width), size, p)
+  cells = np.asarray(resize(image, (columns * p, rows * p), how.kernel))
+  cells = cells.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(-1, p, p, 3)
+  side = size // p
+  square = np.zeros((side * side, p, p, 3), np.uint8)
+  square[: len(cells)] = cells
+  square = square.reshape(side, side, p, p, 3).swapaxes(1, 2).reshape(side * p, side * p, 3)
+  rest = (0, size - side * p)
+  return Image.fromarray(np.pad(square, (rest, rest, (0, 0))))
+
+
+def naflex_grid(shape: tuple[int, int], size: int, patch: int) -> tuple[int, int]:
+  """Rows and columns of patches of an image (height, width): at most those of a square of `size`.
+
+  The largest scale that has no more, sides rounded up, in the brackets of the published processor.
+  """
+  most, low, high = (size // patch) ** 2, 1e-6, 100.0
+  sides = lambda scale: tuple(max(1, math.ceil(side * scale / patch)) for side in shape)
+  while high - low >= 1e-5:
+    middle = (low + high) / 2
+    low, high = (middle, high) if math.prod(sides(middle)) <= most else (low, middle)
+  return sides(low)
+
+
 FITS: Mapping[str, Callable[[Image.Image, int, Decoding], Image.Image]] = {
-  function.__name__: function for function in (stretch, center_crop, letterbox, pad)
+  function.__name__: function for function in (stretch, center_crop, letterbox, pad, naflex)
 }
 
 

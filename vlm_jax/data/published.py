@@ -1,9 +1,9 @@
 """The tokenizer files of a published checkpoint, read as transformers reads them.
 
-A directory with tokenizer.json (a SigLIP: spiece.model) and tokenizer_config.json, which says what
-the special tokens are called, what stands at the ends of a text, on which side it is padded, and of
-which class the tokenizer is. Some classes do more to a text than their files say: `CLASSES`. The
-chat template is chat_template.jinja, or a field of chat_template.json, processor_config.json or
+A directory with tokenizer.json (a SigLIP: spiece.model), which says what stands at the ends of a
+text, and tokenizer_config.json: what the special tokens are called, on which side a text is padded,
+and of which class the tokenizer is. Some classes do more to a text than their files say: `CLASSES`.
+The chat template is chat_template.jinja, or a field of chat_template.json, processor_config.json or
 tokenizer_config.json.
 """
 
@@ -144,16 +144,14 @@ def _inner(directory: Path, kind: str) -> tokenizers.Tokenizer:
 
 def _set_ends(inner: tokenizers.Tokenizer, settings: Mapping[str, Any], kind: str,
               directory: Path) -> None:
-  """Makes the post-processor write what stands at the ends of a text, and nothing else."""
-  flags = ("add_bos_token", "add_eos_token")
-  if kind in ENDS:
-    asked = ENDS[kind]
-  elif any(flag in settings for flag in flags) or inner.post_processor is None:
-    asked = tuple(bool(settings.get(flag)) for flag in flags)
-  else:
+  """Makes the post-processor write what the class has at the ends of a text.
+
+  Of others tokenizer.json alone says it: beside one, add_bos_token and add_eos_token are not read.
+  """
+  if kind not in ENDS:
     return
   ends = []
-  for role, wanted in zip(("bos_token", "eos_token"), asked, strict=True):
+  for role, wanted in zip(("bos_token", "eos_token"), ENDS[kind], strict=True):
     token = _content(settings.get(role)) if wanted else None
     if token and inner.token_to_id(token) is None:
       raise DataError(f"{directory / CONFIG}: {role} is '{token}', which the tokenizer has not; "

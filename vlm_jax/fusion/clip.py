@@ -65,8 +65,8 @@ def axes(config: ConfigDict) -> dict[str, int]:
 
 def fields(config: ConfigDict) -> dict[str, Field]:
   """One picture and one text a document."""
-  side = config.tower.image_size
-  return text_fields(TEXT, config.llm.positions) | image_fields(side, side)
+  side, grids = config.tower.image_size, config.data.decode.fit == "naflex"
+  return text_fields(TEXT, config.llm.positions) | image_fields(side, side, grids)
 
 
 def rows(config: ConfigDict) -> np.ndarray:
@@ -117,6 +117,8 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     "media/images/values": pixels[None],
     "media/images/segment_ids": one(len(images)),
   }
+  if config.data.decode.fit == "naflex":
+    arrays["media/images/grid"] = np.array([images[0].grid if images else (0, 0)], np.int32)
   # Both take their place even when absent: the n-th picture and the n-th text of a row are a pair.
   return Layout(arrays, {"images": 1, "documents": 1}, encoded.source, encoded.key)
 
@@ -207,8 +209,12 @@ def pool_image(batch: Batch, config: ConfigDict) -> Array | None:
   """
   if "images" not in batch.media:
     return None
-  tower = find_tower(config).Model(config.tower, config.attention, precision(config), name="tower")
-  pooled = tower(batch.media["images"].values).pooled
+  module, media = find_tower(config), batch.media["images"]
+  if media.grid is not None and not getattr(module, "GRIDS", False):
+    raise UsageError(f"config.data.decode.fit is 'naflex', whose grids config.tower.name "
+                     f"'{config.tower.name}' does not read; use another fit or 'siglip2'")
+  tower = module.Model(config.tower, config.attention, precision(config), name="tower")
+  pooled = (tower(media.values) if media.grid is None else tower(media.values, media.grid)).pooled
   if pooled is None:
     raise UsageError(f"config.tower.pool is '{config.tower.pool}', but config.fusion.name "
                      f"'{config.fusion.name}' needs one vector a picture; use 'tok', 'gap' or "

@@ -86,10 +86,19 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   """i32[K], the fill of one image's slots: its rows.
 
   Raises:
-    UsageError: an image in tiles.
+    UsageError: an image in tiles, or with a grid of its own.
   """
+  refuse_grid(config, image)
   refuse_tiles(config, image)
   return rows(config)
+
+
+def refuse_grid(config: ConfigDict, image: Pixels) -> None:
+  """Raises UsageError for an image with a grid of its own."""
+  if image.grid:
+    raise UsageError(f"config.data.decode.fit 'naflex' gives images grids of their own, which "
+                     f"config.fusion.name '{config.fusion.name}' does not read; use another fit or "
+                     "'siglip'")
 
 
 def refuse_tiles(config: ConfigDict, image: Pixels) -> None:

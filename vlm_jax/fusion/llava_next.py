@@ -49,7 +49,16 @@ from vlm_jax.core.layout import LEARNED, Layout, write_slots
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
 from vlm_jax.fusion import concat
-from vlm_jax.fusion.concat import STREAM, assemble, axes, fields, losses, media_table, weights
+from vlm_jax.fusion.concat import (
+  STREAM,
+  assemble,
+  axes,
+  fields,
+  losses,
+  media_table,
+  refuse_grid,
+  weights,
+)
 from vlm_jax.nn.linear import parameter
 from vlm_jax.ops.gather import take_rows
 
@@ -78,7 +87,12 @@ def rows(config: ConfigDict) -> np.ndarray:
 
 
 def order(config: ConfigDict, image: Pixels) -> np.ndarray:
-  """i32[k], the fill of one image's slots: the whole, then the rows of the tiles' grid."""
+  """i32[k], the fill of one image's slots: the whole, then the rows of the tiles' grid.
+
+  Raises:
+    UsageError: an image with a grid of its own.
+  """
+  refuse_grid(config, image)
   whole = rows(config)
   if image.tiles is None:
     return np.append(whole, LEARNED).astype(np.int32)

@@ -73,6 +73,45 @@ RESIZES: Mapping[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
+def resize_each(table: Array, old: tuple[int, int], grids: Array, cells: int, how: str) -> Array:
+  """A table with a row for every cell of a grid, resized for images of different grids.
+
+  Args:
+    table: f[h * w, D] in reading order.
+    old: (h, w).
+    grids: i32[n, 2], the rows and columns of each image.
+    cells: of the largest grid, at least rows * columns of all.
+    how: "bilinear_antialias", the one with which grids differ from image to image (SigLIP 2).
+
+  Returns:
+    f[n, cells, D] in the dtype of the table: the cells of each grid in reading order, and behind
+    them what means nothing.
+
+  Raises:
+    UsageError: another interpolation.
+  """
+  if how != "bilinear_antialias":
+    raise UsageError(f"config.tower.position_resize is '{how}'; images of different grids need "
+                     "'bilinear_antialias'")
+  grids = jnp.maximum(grids, 1)
+  row, column = jnp.divmod(jnp.arange(cells), grids[:, 1:])
+  down, across = (_triangles(size, new, where) for size, new, where in (
+    (old[0], grids[:, :1], row), (old[1], grids[:, 1:], column)))
+  table_ = table.astype(jnp.float32).reshape(*old, -1)
+  cells_ = jnp.einsum("npi,npj,ijd->npd", down, across, table_, precision=jax.lax.Precision.HIGHEST)
+  return cells_.astype(table.dtype)
+
+
+def _triangles(old: int, new: Array, where: Array) -> Array:
+  """f32[n, cells, old], the row `where` i32[n, cells] of `_averaged` with triangles; new i32[n, 1].
+  """
+  scale = old / new.astype(jnp.float32)
+  centre = (where + 0.5) * scale - 0.5
+  distance = (jnp.arange(old) - centre[..., None]) / jnp.maximum(scale, 1.0)[..., None]
+  weights = jnp.maximum(0.0, 1 - jnp.abs(distance))
+  return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)
+
+
 def resize_grid(table: Array, old: tuple[int, int], new: tuple[int, int], how: str) -> Array:
   """Resizes a table with a row for every cell of a grid; the same grid gives the same table.
 

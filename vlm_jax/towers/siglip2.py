@@ -1,8 +1,8 @@
-"""SigLIP 2 in its NaFlex form (arXiv:2502.14786, section 2.4.2) at one resolution.
+"""SigLIP 2 in its NaFlex form (arXiv:2502.14786, section 2.4.2).
 
 The encoder of `vit` whose patches are cut before a linear layer and whose positions are always
-resized with antialiasing. Images are squares here: grids that differ from image to image are not
-read. The checkpoints of SigLIP 2 for one resolution are plain SigLIP (`vit`).
+resized with antialiasing: to every image's own grid where config.data.decode.fit is "naflex", else
+to the square. The checkpoints of SigLIP 2 for one resolution are plain SigLIP (`vit`).
 """
 
 import math
@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from vlm_jax.core import hf
 from vlm_jax.core.errors import UsageError
 from vlm_jax.towers import vit
-from vlm_jax.towers.vit import Model, attention_shape, grid, unread
+from vlm_jax.towers.vit import GRIDS, Model, attention_shape, grid, unread
 
-__all__ = ["KEYS", "MODEL_TYPES", "Model", "attention_shape", "grid", "read_hf", "unread",
+__all__ = ["GRIDS", "KEYS", "MODEL_TYPES", "Model", "attention_shape", "grid", "read_hf", "unread",
            "write_hf"]
 
 # Ours, theirs, operation: their patches are (row, column, channel) already.

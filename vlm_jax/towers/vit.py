@@ -27,7 +27,7 @@ from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
 from vlm_jax.nn.norms import LayerNorm
 from vlm_jax.ops.attention import attention
-from vlm_jax.ops.resize import resize_grid
+from vlm_jax.ops.resize import resize_each, resize_grid
 
 # Width, depth, mlp, heads. Ti to H: arXiv:2010.11929 and 2106.10270; g, G: 2106.04560;
 # So400m: 2305.13035.
@@ -42,6 +42,7 @@ SIZES = {
   "G": (1664, 48, 8192, 16),
 }
 POOLS = ("none", "gap", "tok", "map")
+GRIDS = True  # it reads images with grids of their own, see `Model`
 
 # Ours, theirs (CLIP and SigLIP share names but the patch, positions and first norm), operation.
 KEYS = (
@@ -208,15 +209,32 @@ def see_all(queries: int, keys: int, rows: int) -> IntervalMask:
   return IntervalMask(lo=zeros, hi=zeros + keys)
 
 
-def positions(module: nn.Module, config: ConfigDict, tokens: int, precision: Precision) -> Array:
+def see_grids(grids: Array, cells: int) -> IntervalMask:
+  """Of `cells` patches the first rows * columns of every image i32[n,2] are seen, by all."""
+  zeros = jnp.zeros((grids.shape[0], cells), jnp.int32)
+  return IntervalMask(lo=zeros, hi=zeros + jnp.prod(grids, axis=-1, keepdims=True))
+
+
+def positions(module: nn.Module, config: ConfigDict, tokens: int, precision: Precision,
+              grids: Array | None = None) -> Array:
   """Learned positions f[tokens + P, D], of the tokens first; those of another grid are resized.
 
   `config.position_size` is the image size they were learned at (0: the same), and
-  `config.position_resize` how the patches' are resized, see `ops.resize`.
+  `config.position_resize` how the patches' are resized, see `ops.resize`. With grids i32[n,2] of
+  the images they are each image's own, f[n, P, D].
+
+  Raises:
+    UsageError: grids, and a class token.
   """
   side = (config.position_size or config.image_size) // config.patch
   table = parameter(module, "positions", initializers.normal(config.width**-0.5),
                     (tokens + side * side, config.width), ("position", "embed"), precision.param)
+  if grids is not None:
+    if tokens:
+      raise UsageError("config.tower.class_token is True, but config.data.decode.fit 'naflex' is "
+                       "read by towers without one; use config.tower.name 'siglip2'")
+    rows, columns = grid(config)
+    return resize_each(table, (side, side), grids, rows * columns, config.position_resize)
   resized = resize_grid(table[tokens:], (side, side), grid(config), config.position_resize)
   return jnp.concatenate([table[:tokens], resized]) if tokens else resized
 
@@ -255,8 +273,8 @@ class MapPool(nn.Module):
   precision: Precision
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """f[B,P,D] to f[B,D]."""
+  def __call__(self, x: Array, mask: IntervalMask | None = None) -> Array:
+    """f[B,P,D] to f[B,D]; the probe sees what the first query of the mask sees, None: all."""
     config, rows = self.config, x.shape[0]
     head = config.width // config.heads
     project = lambda name: Linear(
@@ -267,8 +285,9 @@ class MapPool(nn.Module):
       self.precision.param,
     )
     probe = jnp.broadcast_to(probe, (rows, 1, config.width))
-    y = attention(project("query")(probe), project("key")(x), project("value")(x),
-                  see_all(1, x.shape[1], rows))
+    seen = see_all(1, x.shape[1], rows) if mask is None else IntervalMask(
+      mask.lo[:, :1], mask.hi[:, :1])
+    y = attention(project("query")(probe), project("key")(x), project("value")(x), seen)
     axes = ("heads", "head", "embed")
     y = Linear((config.width,), axes, True, self.precision, name="out")(y)[:, 0]
     mlp = MLP(config.width, config.mlp, config.activation, True, self.precision, name="mlp")
@@ -283,18 +302,23 @@ class Model(nn.Module):
   precision: Precision
 
   @nn.compact
-  def __call__(self, values: Array) -> Features:
-    """Pixels u8[B,N,Height,Width,3] to Features of D = config.width.
+  def __call__(self, values: Array, grids: Array | None = None) -> Features:
+    """Pixels u8[B,N,Height,Width,3], and perhaps grids i32[B,N,2], to Features of D = config.width.
 
     `feature_layer` -1 reads the last block, behind `post_norm`; -2 the one before it (LLaVA),
     without norm. Layers that nothing reads have parameters and are not computed. The class token
-    is dropped.
+    is dropped. Patches behind the grid of an image are seen by none, and mean nothing.
 
     Raises:
       UsageError: a feature_layer, pool or combination that does not exist.
     """
     config, precision = self.config, self.precision
     used = used_blocks(config)
+    if grids is not None:
+      grids = grids.reshape(-1, 2)
+      if config.pool not in ("map", "none"):
+        raise UsageError(f"config.tower.pool is '{config.pool}', but config.data.decode.fit "
+                         "'naflex' is pooled by 'map'")
     batch, images = values.shape[:2]
     x = embed_patches(values, config, precision)
     if config.class_token:
@@ -303,14 +327,15 @@ class Model(nn.Module):
       token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, config.width))
       x = jnp.concatenate([token, x], axis=1)
     tokens = int(config.class_token)
-    x = x + positions(self, config, tokens, precision).astype(x.dtype)
+    x = x + positions(self, config, tokens, precision, grids).astype(x.dtype)
+    mask = None if grids is None else see_grids(grids, x.shape[1])
     if config.pre_norm:
       x = LayerNorm(config.norm_eps, precision, name="pre_norm")(x)
     depth = config.depth if self.is_initializing() else used
-    x = run_blocks(Block, x, depth, config, self.attention, precision)
+    x = run_blocks(Block, x, depth, config, self.attention, precision, mask)
     if config.post_norm and depth == config.depth:
       x = LayerNorm(config.norm_eps, precision, name="post_norm")(x)
-    return features(x, tokens, (batch, images), config, precision)
+    return features(x, tokens, (batch, images), config, precision, mask)
 
 
 # Parts of a tower, called inside its compact `__call__`, where their modules belong to it.
@@ -323,10 +348,12 @@ def embed_patches(values: Array, config: ConfigDict, precision: Precision) -> Ar
 
 
 def run_blocks(block: type[nn.Module], x: Array, used: int, config: ConfigDict,
-               attention: ConfigDict, precision: Precision) -> Array:
-  """The first `used` of `config.depth` blocks on f[B*N,T,D], all of whose slots see each other."""
+               attention: ConfigDict, precision: Precision,
+               mask: IntervalMask | None = None) -> Array:
+  """The first `used` of `config.depth` blocks on f[B*N,T,D]; None: all slots see each other."""
+  mask = see_all(x.shape[1], x.shape[1], x.shape[0]) if mask is None else mask
   context = make_context(
-    see_all(x.shape[1], x.shape[1], x.shape[0]), None, (attention.block_q, attention.block_k),
+    mask, None, (attention.block_q, attention.block_k),
     width=config.width // config.heads, dtype=precision.compute)
   x, _ = stack.run(
     block,
@@ -343,10 +370,13 @@ def run_blocks(block: type[nn.Module], x: Array, used: int, config: ConfigDict,
 
 
 def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
-             precision: Precision) -> Features:
-  """f[B*N,T,D] of which the first `tokens` are no patches to Features of (B, N) = `outer`."""
+             precision: Precision, mask: IntervalMask | None = None) -> Features:
+  """f[B*N,T,D] of which the first `tokens` are no patches to Features of (B, N) = `outer`.
+
+  Of a mask only pooling by "map" knows.
+  """
   if config.pool == "map":
-    pooled = MapPool(config, precision, name="pool")(x)
+    pooled = MapPool(config, precision, name="pool")(x, mask)
   else:
     pooled = {"none": None, "tok": x[:, 0], "gap": x[:, tokens:].mean(axis=1)}[config.pool]
   if pooled is not None:
