@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests.convert import tiny_llava
-from vlm_jax.convert import adapters, llava, parity
+from vlm_jax.convert import adapters, parity, systems
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import unflatten
@@ -37,7 +37,7 @@ def made(tmp_path_factory):
   base = config.copy_and_resolve_references()
   base.lora.rank = 0
   weights = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-  llava.write(folder / "base", base, unflatten(weights), IMAGE)
+  systems.write(folder / "base", base, unflatten(weights), IMAGE)
   adapters.write(folder / "ours", config, unflatten(flat))
   return folder, config, flat
 
@@ -91,7 +91,7 @@ def test_adapters_of_peft_are_read(made, tmp_path):
         weight.normal_(0, 0.3)
   model.save_pretrained(tmp_path)
   found = adapters.read(tmp_path, config)
-  assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
+  assert set(found) == {path for path in systems.shapes(config) if is_adapter(path)}
   params = {path: leaf for path, leaf in flat.items() if not is_adapter(path)} | found
   ours = parity._ours(config, unflatten(params), parity._document(config, IMAGE))
   assert error(ours, their_logits(model.eval(), config)) < TOLERANCE

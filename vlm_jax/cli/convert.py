@@ -82,11 +82,11 @@ def told(notes: list[str]) -> None:
 
 
 def import_run(args: argparse.Namespace) -> None:
-  """A published system of Hugging Face as step 0 of a run."""
+  """A published system of Hugging Face as step 0 of a run, never all of it in memory."""
   import numpy as np
 
-  from vlm_jax.convert import files, hf_text, safetensors_io, systems, table
-  from vlm_jax.core.tree import flatten
+  from vlm_jax.convert import hf_text, safetensors_io, systems, table
+  from vlm_jax.core.tree import unflatten
   from vlm_jax.core.writing import new_directory
   from vlm_jax.train import checkpoint_tools
 
@@ -97,16 +97,15 @@ def import_run(args: argparse.Namespace) -> None:
   recipe.data.tokenizer = str(out / hf_text.TOKENIZER)
   config = systems.read_config(source, recipe)
   tokenizer, new = hf_text.read(source, config.llm.vocab_size, config.data.template)
-  with new_directory(out) as directory:
-    size = sum(np.prod(shape, dtype=np.int64) for shape in files.shapes(config).values())
-    safetensors_io.space(directory, int(size) * (dtype.itemsize if dtype else 2))
-    config, params = systems.read(source, recipe, dtype)
-    config.precision.param = one_dtype(flatten(params))
+  with new_directory(out) as directory, systems.open_pieces(source, config, dtype) as params:
+    safetensors_io.space(directory, sum(leaf.nbytes for leaf in params.values()))
+    config.precision.param = one_dtype(params)
     tokenizer.save(str(directory / hf_text.TOKENIZER))
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
-                               params, {"imported": str(source.absolute())})
+                               unflatten(params), {"imported": str(source.absolute())})
     if args.check:
-      checkpoint_tools.sound(directory / checkpoint_tools.FOLDER, 0, ("params",))
+      checkpoint_tools.open_sound(directory / checkpoint_tools.FOLDER, 0)
+  size = sum(leaf.size for leaf in params.values())
   print(f"{out}: {size:,} parameters in {config.precision.param}, as step 0; e.g. vlm-jax train "
         f"--workdir={args.out}")
   told(new)
@@ -135,7 +134,7 @@ def export_run(args: argparse.Namespace) -> None:
   from vlm_jax.core.writing import new_directory
   from vlm_jax.data.pipeline import load_tokenizer
 
-  config, params, step = runs.open_run(args.source, args.step)
+  config, params, step = runs.open_pieces(args.source, args.step)
   dtype = table.dtype_of(args.dtype) if args.dtype else None
   if args.to == "peft":
     with new_directory(args.out) as directory:
@@ -147,8 +146,7 @@ def export_run(args: argparse.Namespace) -> None:
   tokenizer = load_tokenizer(config)
   checked = ""
   with new_directory(args.out) as directory:
-    systems.writer(config).write(directory, config, params, tokenizer.image,
-                                 int(args.shard_gb * 1e9), dtype)
+    systems.write(directory, config, params, tokenizer.image, int(args.shard_gb * 1e9), dtype)
     hf_text.write(directory, config, tokenizer)
     if args.check:
       checked = f"; {parity.reread(directory, config, params)} arrays read back as they were"

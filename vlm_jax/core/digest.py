@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlm_jax.core.pieces import Pieces
+
 
 def of_json(value: Any) -> str:
   """The digest of a JSON value; the order of keys does not count."""
@@ -18,20 +20,25 @@ def of_json(value: Any) -> str:
 
 
 def of_arrays(tree: Any) -> dict[str, dict[str, Any]]:
-  """Path to {"shape", "dtype", "digest"} of every array of a tree; it may be spread over hosts."""
+  """Path to {"shape", "dtype", "digest"} of every array of a tree.
+
+  An array may be spread over hosts, or be `Pieces`, of which one at a time is in memory.
+  """
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
   leaves = [leaf for _, leaf in flat]
-  if jax.process_count() > 1:  # collectives must run in one order on all hosts
+  # Collectives must run in one order on all hosts; pieces are read for want of memory.
+  if jax.process_count() > 1 or any(isinstance(leaf, Pieces) for leaf in leaves):
     return dict(zip(names, map(_entry, leaves), strict=True))
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter
     return dict(zip(names, pool.map(_entry, leaves), strict=True))
 
 
 def _entry(leaf: Any) -> dict[str, Any]:
-  shape, dtype = list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+  shape, dtype = list(leaf.shape), str(np.dtype(leaf.dtype))
   digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
-  digest.update(np.ascontiguousarray(_host(leaf)).reshape(-1).view(np.uint8).data)
+  for piece in leaf if isinstance(leaf, Pieces) else (_host(leaf),):
+    digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
   return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
 
 
