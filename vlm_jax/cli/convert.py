@@ -3,16 +3,18 @@
   vlm-jax convert DIRECTORY --from=hf --out=RUN --config=configs/llava.py
   vlm-jax convert RUN --to=hf --out=DIRECTORY
   vlm-jax convert RUN --to=peft --out=DIRECTORY
+  vlm-jax convert RUN --to=jax --out=DIRECTORY
   vlm-jax convert FILE.gguf --from=gguf --out=DIRECTORY
 
 The first reads a LLaVA, LLaVA-NeXT, PaliGemma, CLIP or SigLIP of Hugging Face: its config.json
 decides the model, the recipe everything else. RUN then holds step 0; `vlm-jax train --workdir=RUN`
 trains it, `evaluate` and, where it speaks, `generate` and `predict` use it. The second writes
 weights, config, image processor and tokenizer, of a LLaVA the chat template too, as transformers
-loads them, adapters merged; the third only the adapters of a LLaVA, as PEFT loads them. The last
-writes a Llama of llama.cpp as transformers loads it, with a tokenizer for config.data.tokenizer
-beside it. To start a module alone from weights of another program, set config.tower.init,
-config.connector.init or config.llm.init in a recipe.
+loads them, adapters merged; the third only the adapters of a LLaVA, as PEFT loads them. The fourth
+writes any strategy as programs that need JAX alone, with a README.md that says how they are run.
+The last writes a Llama of llama.cpp as transformers loads it, with a tokenizer for
+config.data.tokenizer beside it. To start a module alone from weights of another program, set
+config.tower.init, config.connector.init or config.llm.init in a recipe.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from vlm_jax.cli import config as recipes
 from vlm_jax.core.errors import DataError, UsageError, nearest
 
 SUMMARY = "read or write checkpoints of other programs"
-FROM, TO = ("hf", "gguf"), ("hf", "peft")
+FROM, TO = ("hf", "gguf"), ("hf", "peft", "jax")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -33,11 +35,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--from", dest="origin", metavar="KIND", help="hf: SOURCE is a checkpoint, "
                       "--out a run; gguf: SOURCE is a file, --out a checkpoint")
   parser.add_argument("--to", metavar="KIND", help=f"{', '.join(TO)}: SOURCE is a run, --out a "
-                      "checkpoint of this kind")
+                      "directory of this kind")
   parser.add_argument("--out", required=True, help="new directory")
   parser.add_argument("--dtype", default="", help=f"{' or '.join(DTYPES)} (default: as it is)")
   parser.add_argument("--step", type=int, help="with --to: step of the checkpoint (the newest)")
   parser.add_argument("--shard-gb", type=float, default=5.0, help="with --to: largest file (5)")
+  parser.add_argument("--images", type=int, default=1, help="with --to=jax: in a prompt (1)")
+  parser.add_argument("--prompt-tokens", type=int, default=128,
+                      help="with --to=jax: of the longest prompt, pictures not counted (128)")
+  parser.add_argument("--new-tokens", type=int, default=64,
+                      help="with --to=jax: of the longest answer (64)")
   parser.add_argument("--check", action="store_true",
                       help="read everything back and compare it; with --to=hf also the logits of "
                            "what speaks, if transformers is installed")
@@ -144,6 +151,15 @@ def export_run(args: argparse.Namespace) -> None:
   merged = config.lora.rank > 0
   params, config = adapters.merge(params, config)
   tokenizer = load_tokenizer(config)
+  if args.to == "jax":
+    from vlm_jax.generate import program
+
+    with new_directory(args.out) as directory:
+      program.write(directory, config, params, tokenizer, args.images, args.prompt_tokens,
+                    args.new_tokens, dtype)
+    print(f"{args.out}: checkpoint {step}{', adapters merged' if merged else ''}; README.md says "
+          "how to run it")
+    return
   checked = ""
   with new_directory(args.out) as directory:
     systems.write(directory, config, params, tokenizer.image, int(args.shard_gb * 1e9), dtype)

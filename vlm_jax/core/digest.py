@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlm_jax.core import pieces
 from vlm_jax.core.pieces import Pieces
 
 
@@ -37,13 +38,9 @@ def of_arrays(tree: Any) -> dict[str, dict[str, Any]]:
 def _entry(leaf: Any) -> dict[str, Any]:
   shape, dtype = list(leaf.shape), str(np.dtype(leaf.dtype))
   digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
-  for piece in leaf if isinstance(leaf, Pieces) else (_host(leaf),):
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    # One at a time, so that a gather never holds more than one leaf.
+    leaf = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  for piece in pieces.of(leaf):
     digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
   return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
-
-
-def _host(leaf: Any) -> np.ndarray:
-  """The whole array on this host; one at a time, so a gather never holds more than one leaf."""
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-  return np.asarray(leaf)

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-BYTES = 2**27  # of a piece; a single row may be more
+BYTES = 2**25  # of a piece; a single row may be more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,27 @@ def rows(shape: tuple[int, ...], dtype: np.dtype, least: int = 1) -> int:
 
 
 def of(array: Any) -> Pieces:
-  """The pieces of an array in memory, on the host or on one device."""
+  """The pieces of an array in memory, on the host or on devices of this process.
+
+  Of an array on several devices none is gathered: JAX would keep what it gathers beside it.
+  """
   if isinstance(array, Pieces):
     return array
   shape, dtype = tuple(array.shape), np.dtype(array.dtype)
-  read = lambda start, stop: np.asarray(array)[start:stop] if shape else np.asarray(array)
+  shards = array.addressable_shards if isinstance(array, jax.Array) else ()
+  parts = [shard for shard in shards if shard.replica_id == 0]
+
+  def read(start: int, stop: int) -> np.ndarray:
+    if not shape or len(parts) < 2:
+      whole = np.asarray(parts[0].data if parts else array)
+      return whole[start:stop] if shape else whole
+    found = np.empty((stop - start, *shape[1:]), dtype)
+    for part in parts:
+      first, last, _ = part.index[0].indices(shape[0])
+      low, high = max(first, start), min(last, stop)
+      if low < high:
+        found[(slice(low - start, high - start), *part.index[1:])] = (
+          np.asarray(part.data)[low - first : high - first])
+    return found
+
   return Pieces(shape, dtype, read, rows(shape, dtype))

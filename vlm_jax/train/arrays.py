@@ -85,7 +85,7 @@ def chunks(tree: Any) -> Any:
 
   def args(leaf: jax.Array) -> ocp.SaveArgs:
     row = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-    axes = (0,) if leaf.nbytes > pieces.BYTES and row >= pieces.BYTES // 2**7 else ()
+    axes = (0,) if leaf.nbytes > pieces.BYTES and row >= pieces.BYTES // 2**5 else ()
     return ocp.SaveArgs(chunk_byte_size=pieces.BYTES, shard_axes=axes)
 
   return jax.tree.map(args, tree)
