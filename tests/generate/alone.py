@@ -37,7 +37,9 @@ def run(folder):
   out = {"result": np.asarray(names["result"])}
   if names["kept"]:
     out["logits"] = np.stack([each[0][0] for each in names["kept"].values()])
-    twin = names["params"] | {"llm/norm/scale": names["params"]["llm/norm/scale"] * 1.5}
+    params = names["params"]
+    path = next(path for path in params if path.startswith("llm/") and path.endswith("norm/scale"))
+    twin = params | {path: params[path] * 1.5}
     pixels = (given["pixels"],) if "pixels" in given else ()
     length = np.array([len(names["prompt"])], np.int32)
     out["twin"] = names["prefill"](twin, *pixels, names["tokens"], length)[0][0]

@@ -52,10 +52,12 @@ The prompt "x" is {before} + the ids of "x" by tokenizer.json (no special tokens
 ```python
 import jax, numpy as np
 from jax import export
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 program = lambda name: jax.jit(export.deserialize(bytearray(open(name, "rb").read())).call)
-params, prefill, step = load_file("params.safetensors"), program("prefill.jax"), program("step.jax")
+prefill, step = program("prefill.jax"), program("step.jax")
+with safe_open("params.safetensors", "np") as file:
+  params = {{name: jax.device_put(file.get_tensor(name)) for name in file.keys()}}
 {load}prompt, said = {before} + [] + {after}, []  # the words in the middle
 tokens = np.zeros((1, {prompt}), np.int32)
 tokens[0, : len(prompt)] = prompt
@@ -76,10 +78,11 @@ A text is [{bos}] + its ids by tokenizer.json + [{eos}], and zeros behind it, {l
 ```python
 import jax, numpy as np
 from jax import export
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 program = lambda name: jax.jit(export.deserialize(bytearray(open(name, "rb").read())).call)
-params = load_file("params.safetensors")
+with safe_open("params.safetensors", "np") as file:
+  params = {{name: jax.device_put(file.get_tensor(name)) for name in file.keys()}}
 pixels = np.zeros((2, {side}, {side}, 3), np.uint8)  # your pictures
 tokens = np.zeros((3, {length}), np.int32)  # your texts
 print(program("embed_image.jax")(params, pixels) @ program("embed_text.jax")(params, tokens).T)
@@ -314,6 +317,10 @@ def _speaking_programs(config: ConfigDict, given: dict[str, Any], tokenizer: Tok
   encoded = template.encode_prompt(ask(config, WORDS, [Image(b"")] * pictures), tokenizer,
                                    lambda _: images.picture(blank, side, how))
   made = form(config, encoded, prompt_tokens)
+  last = int(made.prompts.flat[f"streams/{made.stream}/positions"].max()) + new_tokens
+  if config.llm.positions and last > config.llm.positions:
+    raise UsageError(f"config.llm.positions is {config.llm.positions}, too few for {last}: ask for "
+                     "fewer --prompt-tokens or --new-tokens")
   prefill, step = speaking(FrozenConfigDict(config), made, new_tokens)
   number = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
   squares = len(encoded.squares)

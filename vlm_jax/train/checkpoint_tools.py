@@ -1,8 +1,9 @@
 """What `vlm-jax ckpt` does: look at checkpoints without the code or config that wrote them.
 
 Shapes and dtypes come from a checkpoint's own manifest, every array is checked against its digest,
-and all of it lands on one device, whatever mesh it was written from. `prune` takes the lock of the
-run first; `average` and `write_run` make new directories.
+and all of it lands on the host, whatever mesh it was written from; parameters may stay on the disk,
+to be read in pieces. `prune` takes the lock of the run first; `average` and `write_run` make new
+directories.
 """
 
 import contextlib
