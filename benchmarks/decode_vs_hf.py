@@ -36,7 +36,7 @@ import transformers
 from ml_collections import ConfigDict
 from train_step_vs_hf import get_config, torch_inputs
 
-from vlm_jax.convert import llava
+from vlm_jax.convert import systems
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.generate import prompts
 from vlm_jax.generate.decode import generate
@@ -82,7 +82,7 @@ def compare(size: dict) -> dict:
   inputs = {name: values if name == "pixel_values" else values[:, :length]
             for name, values in inputs.items() if name != "labels"}
   with tempfile.TemporaryDirectory() as directory:
-    llava.write(f"{directory}/model", config, params, config.llm.vocab_size - 1)
+    systems.write(f"{directory}/model", config, params, config.llm.vocab_size - 1)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(f"{directory}/model").eval()
 
   def theirs(cache: str | None) -> list[int]:

@@ -41,7 +41,7 @@ from ml_collections import ConfigDict
 
 from tests import torchvision_cpu
 from vlm_jax.configs import base
-from vlm_jax.convert import llava
+from vlm_jax.convert import systems
 from vlm_jax.core import fusion
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
@@ -157,7 +157,7 @@ def main() -> None:
   }
   inputs = torch_inputs(docs, config)
   with tempfile.TemporaryDirectory() as directory:
-    llava.write(f"{directory}/model", config, padded.state.params, config.llm.vocab_size - 1)
+    systems.write(f"{directory}/model", config, padded.state.params, config.llm.vocab_size - 1)
     for name, attention, compiled in (("eager", "eager", False), ("sdpa", "sdpa", False),
                                       ("compiled", "sdpa", True)):
       sides[name] = Theirs(f"{directory}/model", inputs, config, attention, compiled)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+import vlm_jax
 from tests.convert import written
 from tests.convert.test_packages import vocabulary
 from tests.fusion import testing
-from vlm_jax import runs
 from vlm_jax.cli import config as recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.convert import gguf, gguf_llama, packages, table
@@ -121,7 +121,8 @@ def params_of(run):
 
 def text_logits(run):
   """Of a row of text alone, with the run's parameters."""
-  config, params, _ = runs.open_run(str(run))
+  bundle = vlm_jax.load(str(run))
+  config, params = bundle.config, bundle.params
   config = config.copy_and_resolve_references()
   module = find_fusion(config)
   length = 12

@@ -7,7 +7,7 @@ import pytest
 
 from vlm_jax.cli import config as recipes
 from vlm_jax.configs import base
-from vlm_jax.convert import llava, processor
+from vlm_jax.convert import llava, processor, systems
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import images
@@ -38,7 +38,7 @@ def test_stages_of_llava_1_5(words, trains, rate, rows, steps):
 def test_llavas_are_whole_models_and_can_be_written(name):
   config = recipes.load(f"configs/{name}.py")
   # 7,063,427,072 with 64 rows more of embedding and head each, and a last norm that nothing reads.
-  total = sum(map(math.prod, llava.shapes(config).values()))
+  total = sum(map(math.prod, systems.shapes(config).values()))
   newline = config.llm.width if name == "llava_next" else 0
   assert total == 7_063_427_072 - 2 * 1024 - 2 * 64 * 4096 + newline
   theirs, pixels = llava.write_config(config, 31_999), processor.write(config)

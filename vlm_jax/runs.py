@@ -16,6 +16,29 @@ from vlm_jax.configs import base
 Load = Callable[[int | None], tuple[dict[str, Any], int]]
 
 
+def open_pieces(workdir: str, step: int | None = None) -> tuple[ConfigDict, dict[str, Any], int]:
+  """The frozen config, the parameters of a checkpoint as `Pieces`, and its step.
+
+  For what reads parameters once and in order.
+
+  Raises:
+    UsageError: not a run directory, no such checkpoint, or one of another model.
+    DataError: the checkpoint is damaged.
+  """
+  config = frozen(workdir)
+  from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.core.tree import unflatten
+  from vlm_jax.train import checkpoint, checkpoint_tools, state
+
+  path = checkpoints(workdir)
+  step = checkpoint.choose(path, step)
+  params = checkpoint_tools.open_sound(path, step)
+  _, leaves = state.initializer(find_fusion(config), config)
+  saved = {name: {"shape": list(leaf.shape)} for name, leaf in params.items()}
+  checkpoint.same_model(saved, unflatten(leaves), step)
+  return config.lock(), unflatten(params), step
+
+
 def open_config(workdir: str, root: str | None = None,
                 outside: bool = False) -> tuple[ConfigDict, Load]:
   """The frozen config, and what reads the parameters of a step (None: the newest).

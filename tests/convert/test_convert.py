@@ -19,7 +19,7 @@ from tests.convert.written import Tensors, llama_gguf
 from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
-from vlm_jax.convert import hf_text, llava, safetensors_io, table
+from vlm_jax.convert import hf_text, llava, safetensors_io, systems, table
 from vlm_jax.core.errors import DATA, DISK, USAGE, DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.tree import flatten, unflatten
@@ -95,7 +95,7 @@ def test_a_class_token_is_no_slot(made, tmp_path):
   folder, config, _ = made
   config = config.copy_and_resolve_references()
   config.tower.update(class_token=True, pre_norm=True, patch_bias=False, feature_layer=-2)
-  llava.write(tmp_path / "clip", config, unflatten(tiny_llava.noise(config)), image_token=5)
+  systems.write(tmp_path / "clip", config, unflatten(tiny_llava.noise(config)), image_token=5)
   hf_text.write(tmp_path / "clip", config, load_tokenizer(config.data.tokenizer))
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / "clip")
   inputs = processor(images=Image.open(folder / "a.png"), text="<image><user>what",

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from tests.convert import tiny_llava, written
-from vlm_jax.convert import llava, safetensors_io, table
+from vlm_jax.convert import safetensors_io, systems, table
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
@@ -21,12 +21,12 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp("init")
   config = tiny_llava.get_config()
   flat = tiny_llava.noise(config)
-  llava.write(folder / "hf", config, unflatten(flat), image_token=5, shard_bytes=30_000)
+  systems.write(folder / "hf", config, unflatten(flat), image_token=5, shard_bytes=30_000)
   model = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "hf")
   torch.save(model.state_dict(), folder / "model.pth")
   tiny_llava.write_run(folder / "run", config, flat)
   (folder / "one").mkdir()
-  llava.write(folder / "one" / "x", config, unflatten(flat), image_token=5)
+  systems.write(folder / "one" / "x", config, unflatten(flat), image_token=5)
   _, leaves = states.initializer(find_fusion(config), config)
   return folder, config, flat, leaves
 
@@ -128,7 +128,7 @@ def test_vit_of_npz(made, tmp_path, kind):
 
 def test_errors_name_field_tensor_expected_and_found(made, tmp_path):
   folder, config, flat, _ = made
-  base = table.export(unflatten(flat), llava.entries(config))
+  base = table.export(unflatten(flat), systems.entries(config))
   whole = {key: tensor.get() for key, tensor in base.items()}
   q = "language_model.model.layers.0.self_attn.q_proj.weight"
   embed = "language_model.model.embed_tokens.weight"

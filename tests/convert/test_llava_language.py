@@ -16,7 +16,7 @@ import transformers
 from ml_collections import FrozenConfigDict
 
 from vlm_jax.configs import base
-from vlm_jax.convert import llava, nodes
+from vlm_jax.convert import llava, nodes, systems
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
@@ -84,7 +84,7 @@ def say(model, encoded):
 
 def test_logits_and_files(theirs, tmp_path):
   model, directory, encoded = theirs
-  config, params = llava.read(directory, recipe())
+  config, params = systems.read(directory, recipe())
   batch = stack(layouts([encoded], config), config, rows=1, bucket=1).flat
   ours = find_fusion(config).Model(FrozenConfigDict(config))
   run = jax.jit(lambda params, flat: ours.apply({"params": params}, from_flat(flat)).logits(),
@@ -96,12 +96,12 @@ def test_logits_and_files(theirs, tmp_path):
   assert np.isfinite(expected).all() and expected.std(axis=0).min() > 1e-3
   assert error < LOGITS
 
-  llava.write(tmp_path / "ours", config, params, IMAGE)
+  systems.write(tmp_path / "ours", config, params, IMAGE)
   back, info = transformers.LlavaForConditionalGeneration.from_pretrained(
     tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
   assert not any(info.values()), info
   np.testing.assert_array_equal(say(back, encoded), expected)
-  again, same = llava.read(tmp_path / "ours", recipe())
+  again, same = systems.read(tmp_path / "ours", recipe())
   assert again.to_json() == config.to_json()
   jax.tree.map(np.testing.assert_array_equal, same, params)
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from vlm_jax.configs import base
-from vlm_jax.convert import llava, safetensors_io, table
+from vlm_jax.convert import llava, safetensors_io, systems, table
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
@@ -109,7 +109,7 @@ class Reference:
   def __init__(self, directory):
     self.directory, self.model = directory, their_model()
     self.model.save_pretrained(directory)
-    self.config, self.params = llava.read(directory, recipe())
+    self.config, self.params = systems.read(directory, recipe())
     self.documents, self.logits, losses = documents(self.config), [], []
     for one in self.documents:
       inputs = their_inputs(one, self.config)
@@ -187,7 +187,7 @@ def test_logits_and_gradients(reference, step):
   worst = reference.error(logits, where)
   assert worst < LOGITS
   assert abs(float(loss) - reference.loss) < LOGITS * abs(reference.loss)
-  ours = {k: t.get() for k, t in table.export(grads, llava.entries(reference.config)).items()}
+  ours = {k: t.get() for k, t in table.export(grads, systems.entries(reference.config)).items()}
   theirs = {table.renamer(llava.SPELLINGS)(key): grad for key, grad in reference.grads.items()}
   assert "image_newline" in ours and len(set(theirs) & set(ours)) > 40
   errors = {}
@@ -242,25 +242,25 @@ def test_generated_tokens_are_theirs(reference):
 
 def test_export_loads_there_and_here(reference, tmp_path):
   config, params = reference.config, reference.params
-  llava.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
+  systems.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
   model, info = transformers.LlavaNextForConditionalGeneration.from_pretrained(
     tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
   assert not any(info.values()), info
   for one, theirs in zip(reference.documents, reference.logits, strict=True):
     np.testing.assert_array_equal(model(**their_inputs(one, config)).logits[0].detach(), theirs)
-  again, back = llava.read(tmp_path / "ours", recipe())
+  again, back = systems.read(tmp_path / "ours", recipe())
   assert again.to_json() == config.to_json()
   jax.tree.map(np.testing.assert_array_equal, back, params)
   with safetensors_io.Reader(reference.directory) as reader:
     old = {table.renamer(llava.SPELLINGS)(key): reader[key] for key in reader.shapes}
   for tensors in (old, {k: v.numpy() for k, v in reference.model.state_dict().items()}):
     source = type("Tensors", (dict,), {"shapes": {k: v.shape for k, v in tensors.items()}})(tensors)
-    jax.tree.map(np.testing.assert_array_equal, llava.load(source, config), params)
+    jax.tree.map(np.testing.assert_array_equal, systems.load(source, config), params)
 
 
 def test_the_written_processor_makes_our_pixels(reference, tmp_path):
   config = reference.config
-  llava.write(tmp_path / "ours", config, reference.params, IMAGE)
+  systems.write(tmp_path / "ours", config, reference.params, IMAGE)
   written = json.loads((tmp_path / "ours/preprocessor_config.json").read_text())
   assert written.pop("image_processor_type") == "LlavaNextImageProcessor"
   processor = transformers.LlavaNextImageProcessorPil(**written)

@@ -22,7 +22,7 @@ import transformers
 from PIL import Image
 
 from vlm_jax.configs import base
-from vlm_jax.convert import llava, processor, safetensors_io, table
+from vlm_jax.convert import llava, processor, safetensors_io, systems, table
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
@@ -147,7 +147,7 @@ class Reference:
   def __init__(self, seed: int, directory):
     self.model, self.directory = their_model(seed), directory
     self.model.save_pretrained(directory)
-    self.config, self.params = llava.read(directory, recipe())
+    self.config, self.params = systems.read(directory, recipe())
     # Blocks of 16 slots in one model (many blocks a row), the whole matrix in the others.
     self.config.attention.implementation = "xla" if seed == 0 else "dense"
     self.batch, self.where = our_batch(self.config)
@@ -203,7 +203,7 @@ def test_logits_and_gradients(reference):
     assert error(ours, theirs) < LOGITS
   assert abs(float(loss) - reference.loss) < TOLERANCE * abs(reference.loss)
 
-  ours = {k: t.get() for k, t in table.export(grads, llava.entries(config)).items()}
+  ours = {k: t.get() for k, t in table.export(grads, systems.entries(config)).items()}
   theirs = {table.renamer(llava.SPELLINGS)(key): grad for key, grad in reference.grads.items()}
   assert len(set(theirs) & set(ours)) > 30
   for key, grad in ours.items():
@@ -219,7 +219,7 @@ def test_logits_and_gradients(reference):
 
 def test_export_loads_there(reference, tmp_path):
   config, params = reference.config, reference.params
-  llava.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
+  systems.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
   model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
     tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
   assert not any(info.values()), info
@@ -228,12 +228,12 @@ def test_export_loads_there(reference, tmp_path):
             for document in documents(config.tower.image_size)]
   for ours, theirs in zip(logits, reference.logits, strict=True):
     np.testing.assert_array_equal(ours, theirs)
-  again, back = llava.read(tmp_path / "ours", recipe())
+  again, back = systems.read(tmp_path / "ours", recipe())
   again.attention = config.attention
   assert again.to_json() == config.to_json()
   jax.tree.map(np.testing.assert_array_equal, back, params)
   with pytest.raises(UsageError, match="already holds a checkpoint"):
-    llava.write(tmp_path / "ours", config, params, IMAGE)
+    systems.write(tmp_path / "ours", config, params, IMAGE)
 
 
 def test_three_spellings_are_one_checkpoint(reference):
@@ -244,7 +244,7 @@ def test_three_spellings_are_one_checkpoint(reference):
   assert all(key.startswith("vision_tower.vision_model.") for key in old if "vision" in key)
   old["vision_tower.vision_model.embeddings.position_ids"] = np.arange(5)[None]
   for spelling in (files, memory, old):
-    back = llava.load(Tensors(spelling), reference.config)
+    back = systems.load(Tensors(spelling), reference.config)
     jax.tree.map(np.testing.assert_array_equal, back, reference.params)
 
 
@@ -345,37 +345,37 @@ def test_sparse_config_of_the_hub_means_the_defaults_there():
   assert config.llm.norm_eps == 1e-5 and config.tower.norm_eps == full.vision_config.layer_norm_eps
   assert config.tower.activation == full.vision_config.hidden_act == "quick_gelu"
   assert config.tower.feature_layer == full.vision_feature_layer
-  assert sum(int(np.prod(s)) for s in llava.shapes(config).values()) == 7_063_427_072 - 2 * 1024
+  assert sum(int(np.prod(s)) for s in systems.shapes(config).values()) == 7_063_427_072 - 2 * 1024
 
 
 def test_the_processor_is_read_and_written(tmp_path):
-  config, params = llava.read(_saved(0, tmp_path), recipe())
+  config, params = systems.read(_saved(0, tmp_path), recipe())
   config.data.decode.update(fit="pad", border=processor.mean_colour(config.tower.mean))
-  llava.write(tmp_path / "ours", config, params, IMAGE)
+  systems.write(tmp_path / "ours", config, params, IMAGE)
   made = transformers.LlavaImageProcessorPil.from_pretrained(tmp_path / "ours")
   pixels = np.random.default_rng(0).integers(0, 256, (33, 57, 3)).astype(np.uint8)
   theirs = made(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
   ours = images.square(pixels, config.tower.image_size, images.decoding(config)) / 255
   ours = (ours - np.array(config.tower.mean)) / np.array(config.tower.std)
   np.testing.assert_allclose(ours, theirs.transpose(1, 2, 0), atol=1e-5)
-  again, _ = llava.read(tmp_path / "ours", recipe())
+  again, _ = systems.read(tmp_path / "ours", recipe())
   assert again.data.decode.to_json() == config.data.decode.to_json()
   config.data.decode.fit = "letterbox"
   with pytest.raises(UsageError, match="config.data.decode.fit is 'letterbox'"):
-    llava.write(tmp_path / "other", config, params, IMAGE)
+    systems.write(tmp_path / "other", config, params, IMAGE)
   written = safetensors_io.read_json(tmp_path / "ours" / processor.FILE)
   written["size"], written["crop_size"] = {"shortest_edge": 99}, 99
   safetensors_io.write_json(tmp_path / "ours" / processor.FILE, written)
   with pytest.raises(UsageError, match="images of 99 pixels, but config.json's tower sees"):
-    llava.read(tmp_path / "ours", recipe())
+    systems.read(tmp_path / "ours", recipe())
 
 
 def test_tied_head_must_be_the_embedding(tmp_path):
-  config, params = llava.read(_saved(1, tmp_path), recipe())
-  tensors = {k: t.get() for k, t in table.export(params, llava.entries(config)).items()}
+  config, params = systems.read(_saved(1, tmp_path), recipe())
+  tensors = {k: t.get() for k, t in table.export(params, systems.entries(config)).items()}
   tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"] + 1
   with pytest.raises(DataError, match="differs from the embedding"):
-    llava.load(Tensors(tensors), config)
+    systems.load(Tensors(tensors), config)
 
 
 def _saved(seed, tmp_path):

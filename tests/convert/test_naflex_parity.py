@@ -20,7 +20,7 @@ from PIL import Image as PIL
 
 from tests.convert.test_processor import FILES
 from tests.convert.test_two_towers_parity import Tensors, error, recipe, their_model
-from vlm_jax.convert import processor, two_towers
+from vlm_jax.convert import processor
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Document, Image, Text
@@ -55,7 +55,7 @@ def made(tmp_path_factory):
   pixels.save_pretrained(folder)
   shown = [PIL.open(io.BytesIO(FILES[name])) for name in SHAPES]
   theirs = pixels(shown, return_tensors="pt")
-  config, params = two_towers.read(folder, recipe())
+  config, params = systems.read(folder, recipe())
   config.data.images = len(SHAPES)
   module, decode = fusion.find_fusion(config), image_decoder(config)
   packer = Packer(module.fields(config), module.axes(config), 1)
@@ -99,7 +99,7 @@ def test_values_and_gradients(made):
     assert np.isfinite(expected).all() and expected.std(0).max() > 1e-2
     worst[name] = error(np.asarray(outputs[name]), expected)
   assert max(worst.values()) < CLOSE, worst
-  expected = flatten(two_towers.load(Tensors({
+  expected = flatten(systems.load(Tensors({
     name: weight.grad.numpy() for name, weight in model.named_parameters()}), config))
   largest, got = max(np.abs(leaf).max() for leaf in expected.values()), flatten(grads)
   assert got.keys() == expected.keys()

@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 
 from vlm_jax.cli import config as recipes
 from vlm_jax.configs import base
-from vlm_jax.convert import paligemma, safetensors_io, table
+from vlm_jax.convert import paligemma, safetensors_io, systems, table
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
@@ -124,7 +124,7 @@ class Reference:
         if "vision" in name and "norm" in name and name.endswith("weight"):
           weight.add_(1)
     self.model.save_pretrained(directory)
-    self.config, self.params = paligemma.read(directory, recipe())
+    self.config, self.params = systems.read(directory, recipe())
     self.documents = documents(self.config)
     inputs = their_inputs(self.documents, self.config)
     logits = self.model(**inputs, use_cache=False).logits
@@ -199,7 +199,7 @@ def test_logits_and_gradients(reference):
   worst = reference.error(logits, where)
   assert worst < LOGITS
   assert abs(float(loss) - reference.loss) < LOGITS * abs(reference.loss)
-  ours = {k: t.get() for k, t in table.export(grads, paligemma.entries(config)).items()}
+  ours = {k: t.get() for k, t in table.export(grads, systems.entries(config)).items()}
   theirs = {table.renamer(paligemma.SPELLINGS)(key): grad for key, grad in reference.grads.items()}
   assert set(theirs) == set(ours) and len(ours) > 40
   errors = {}
@@ -231,7 +231,7 @@ def test_generated_tokens_are_theirs(second):
 
 def test_export_loads_there_and_here(reference, tmp_path):
   config, params = reference.config, reference.params
-  paligemma.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
+  systems.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=50_000)
   model, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
     tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
   assert not any(info.values()), info
@@ -239,7 +239,7 @@ def test_export_loads_there_and_here(reference, tmp_path):
   for row, theirs in enumerate(reference.logits):
     ours = model(**inputs).logits[row, : len(theirs)].detach().numpy()
     np.testing.assert_array_equal(ours, theirs)
-  again, back = paligemma.read(tmp_path / "ours", recipe())
+  again, back = systems.read(tmp_path / "ours", recipe())
   assert again.to_json() == config.to_json()
   jax.tree.map(np.testing.assert_array_equal, back, params)
   pixels = json.loads((tmp_path / "ours/preprocessor_config.json").read_text())
@@ -249,7 +249,7 @@ def test_export_loads_there_and_here(reference, tmp_path):
     old = {table.renamer(paligemma.SPELLINGS)(key): reader[key] for key in reader.shapes}
   for tensors in (old, {k: v.numpy() for k, v in reference.model.state_dict().items()}):
     source = type("Tensors", (dict,), {"shapes": {k: v.shape for k, v in tensors.items()}})(tensors)
-    jax.tree.map(np.testing.assert_array_equal, paligemma.load(source, config), params)
+    jax.tree.map(np.testing.assert_array_equal, systems.load(source, config), params)
 
 
 @functools.cache
@@ -316,8 +316,8 @@ def test_a_second_gemma_without_a_window(tmp_path):
   batch, where = reference.batch()
   logits = _forward(FrozenConfigDict(config))(reference.params, batch)
   assert reference.error(logits, where) < LOGITS
-  paligemma.write(tmp_path / "ours", config, reference.params, IMAGE)
-  assert paligemma.read(tmp_path / "ours", recipe())[0].llm.to_dict() == config.llm.to_dict()
+  systems.write(tmp_path / "ours", config, reference.params, IMAGE)
+  assert systems.read(tmp_path / "ours", recipe())[0].llm.to_dict() == config.llm.to_dict()
 
 
 def test_positions_from_one_are_those_from_zero(second):
@@ -375,7 +375,7 @@ def test_the_published_model_is_the_recipe_with_64_rows_more():
   assert config.llm.head_dim == full.text_config.head_dim == 256
   assert config.tower.norm_eps == full.vision_config.layer_norm_eps
   assert config.tower.image_size == full.vision_config.image_size == 224
-  count = lambda config: sum(map(math.prod, paligemma.shapes(config).values()))
+  count = lambda config: sum(map(math.prod, systems.shapes(config).values()))
   assert count(config) == 2_923_466_480
   ours = recipes.load("configs/paligemma.py:224")
   assert count(config) - count(ours) == (257216 - 257152) * 2048

@@ -13,7 +13,7 @@ import transformers
 
 from tests.convert import test_systems, tiny_llava
 from vlm_jax.configs import base
-from vlm_jax.convert import adapters, files, llava, parity, systems
+from vlm_jax.convert import adapters, parity, systems
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
   base = config.copy_and_resolve_references()
   base.lora.rank = 0
   weights = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-  llava.write(folder / "base", base, unflatten(weights), IMAGE)
+  systems.write(folder / "base", base, unflatten(weights), IMAGE)
   adapters.write(folder / "ours", config, unflatten(flat))
   return folder, config, flat
 
@@ -92,7 +92,7 @@ def test_adapters_of_peft_are_read(made, tmp_path):
         weight.normal_(0, 0.3)
   model.save_pretrained(tmp_path)
   found = adapters.read(tmp_path, config)
-  assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
+  assert set(found) == {path for path in systems.shapes(config) if is_adapter(path)}
   params = {path: leaf for path, leaf in flat.items() if not is_adapter(path)} | found
   ours = parity._ours(config, unflatten(params), parity._document(config, IMAGE))
   assert error(ours, their_logits(model.eval(), config)) < TOLERANCE
@@ -165,7 +165,7 @@ def test_every_system_merges_in_peft_to_what_it_merges_to_here(system, tmp_path)
   config.lora.update(rank=2, alpha=5.0, targets=SYSTEMS[system])
   rng, flat = np.random.default_rng(0), flatten(params)
   noise = {path: rng.normal(0, 0.3, shape).astype(np.float32)
-           for path, shape in files.shapes(config).items() if is_adapter(path)}
+           for path, shape in systems.shapes(config).items() if is_adapter(path)}
   assert len(noise) > 6
   adapters.write(tmp_path / "ours", config, unflatten(flat | noise))
   theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").merge_and_unload()
@@ -197,7 +197,7 @@ def test_adapters_of_a_language_model_alone_are_read(made, tmp_path):
         weight.normal_(0, 0.3)
   model.save_pretrained(tmp_path)
   found = adapters.read(tmp_path, config)
-  assert set(found) == {path for path in llava.shapes(config) if is_adapter(path)}
+  assert set(found) == {path for path in systems.shapes(config) if is_adapter(path)}
   a = dict(model.named_parameters())[
     "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"].detach().numpy()
   np.testing.assert_array_equal(found["llm/layers/attention/value/lora_a"][1].reshape(-1, 3), a.T)

@@ -13,9 +13,9 @@ import torch
 import transformers
 from PIL import Image as PIL
 
+import vlm_jax
 from tests.data import test_chat
 from tests.data import tokenizers_of_others as others
-from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import USAGE
@@ -80,7 +80,8 @@ def test_captions_of_two_towers(kind, tmp_path):
   model = two_towers(kind, folder)
   (tmp_path / "recipe.py").write_text(RECIPE)
   assert convert(folder, "--from=hf", f"--out={run}", f"--config={tmp_path / 'recipe.py'}") == 0
-  config, params, _ = runs.open_run(str(run))
+  bundle = vlm_jax.load(str(run))
+  config, params = bundle.config, bundle.params
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   ids = theirs(list(CAPTIONS), padding="max_length", max_length=LENGTH, truncation=True,
                return_tensors="pt")["input_ids"]
@@ -134,7 +135,7 @@ def imported(tmp_path_factory):
 
 def test_a_conversation_has_their_input_ids(imported):
   folder, model = imported
-  config, _, _ = runs.open_run(str(folder / "run"))
+  config = vlm_jax.load(str(folder / "run")).config
   assert config.data.template == "checkpoint"
   processor = transformers.AutoProcessor.from_pretrained(folder / "theirs")
   words, decode = pipeline.load_tokenizer(config), pipeline.image_decoder(config)
@@ -158,7 +159,8 @@ def test_a_conversation_has_their_input_ids(imported):
 
 def test_it_answers_as_theirs(imported):
   folder, model = imported
-  config, params, _ = runs.open_run(str(folder / "run"))
+  bundle = vlm_jax.load(str(folder / "run"))
+  config, params = bundle.config, bundle.params
   mine = answer(config, params, "what is it?", [folder / "a.png"], max_tokens=8)
   processor = transformers.AutoProcessor.from_pretrained(folder / "theirs")
   turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
@@ -187,7 +189,7 @@ def test_its_files_are_written_again(imported):
   for text in ("<image> what", "no"):
     ids = [one(images=picture, text=text)["input_ids"] for one in (before, back)]
     assert ids[0] == ids[1]
-  config, _, _ = runs.open_run(str(folder / "run"))
+  config = vlm_jax.load(str(folder / "run")).config
   assert (config.data.decode.fit, config.data.decode.kernel) == ("center_crop", "bicubic")
   made = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
   ours = pipeline.image_decoder(config)(Image((folder / "a.png").read_bytes())).values

@@ -206,4 +206,4 @@ def test_what_has_no_converter_is_named(data, tmp_path, capsys):
   config = base.get_config()
   config.fusion.name = "simvlm"
   with pytest.raises(UsageError, match="fusion.name is 'simvlm'.*clip, concat, llava_next, prefix"):
-    systems.writer(config)
+    systems.converter(config)

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from vlm_jax.configs import base
-from vlm_jax.convert import safetensors_io, two_towers
+from vlm_jax.convert import safetensors_io, systems, two_towers
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import Batch, Media, Texts
 from vlm_jax.core.errors import UsageError
@@ -135,7 +135,7 @@ class Reference:
   def __init__(self, kind: str, directory):
     self.model, self.directory = their_model(kind), directory
     self.model.save_pretrained(directory)
-    self.config, self.params = two_towers.read(directory, recipe())
+    self.config, self.params = systems.read(directory, recipe())
     self.pixels, self.ids = examples(kind, self.config.tower.image_size)
     out = self.model(**their_inputs(kind, self.model, self.pixels, self.ids))
     out.loss.backward()
@@ -143,7 +143,7 @@ class Reference:
     self.outputs = {"image": numpy(out.image_embeds), "text": numpy(out.text_embeds),
                     "logits": numpy(out.logits_per_image), "loss": numpy(out.loss)}
     grads = Tensors({name: numpy(weight.grad) for name, weight in self.model.named_parameters()})
-    self.grads = two_towers.load(grads, self.config)
+    self.grads = systems.load(grads, self.config)
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_twins_fail_loudly(kind, twin, reference):
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_there_and_back(kind, reference, tmp_path):
   one = reference(kind)
-  two_towers.write(tmp_path / "out", one.config, one.params, image_token=0)
+  systems.write(tmp_path / "out", one.config, one.params, image_token=0)
   with (safetensors_io.Reader(one.directory) as theirs,
         safetensors_io.Reader(tmp_path / "out") as written):
     names = {name for name in theirs.shapes if not name.endswith("position_ids")}
     assert names == set(written.shapes)
     for name in names:
       assert theirs[name].tobytes() == written[name].tobytes(), name
-  config, params = two_towers.read(tmp_path / "out", recipe())
+  config, params = systems.read(tmp_path / "out", recipe())
   assert config.to_json() == one.config.to_json()
   again, first = flatten(params), flatten(one.params)
   assert all(np.array_equal(again[path], first[path]) for path in first)
@@ -270,7 +270,7 @@ def test_configs_that_are_of_no_such_system(reference):
     node, name = field.split(".")
     config[node][name] = value
     with pytest.raises(UsageError, match=sentence):
-      two_towers.write_config(config)
+      two_towers.write_config(config, 0)
 
 
 def test_sparse_configs_of_the_hub_mean_the_defaults_there():
@@ -279,7 +279,7 @@ def test_sparse_configs_of_the_hub_mean_the_defaults_there():
     read = two_towers.read_config({"model_type": kind}, recipe())
     same = two_towers.read_config(theirs.to_dict(), recipe())
     assert read.to_json() == same.to_json()
-    count = lambda config: sum(int(np.prod(s)) for s in two_towers.shapes(config).values())
+    count = lambda config: sum(int(np.prod(s)) for s in systems.shapes(config).values())
     assert count(read) == dict(clip=151_277_313, siglip=203_155_970)[kind]
 
 

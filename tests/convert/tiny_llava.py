@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlm_jax.configs import base
-from vlm_jax.convert import llava
+from vlm_jax.convert import systems
 from vlm_jax.core.tree import unflatten
 from vlm_jax.data import tokenizer
 from vlm_jax.train import checkpoint_tools
@@ -28,7 +28,7 @@ def noise(config, seed=0, scale=0.3):
   """Every parameter N(0, scale^2), norms around 1: {path: f32 array}."""
   rng = np.random.default_rng(seed)
   return {path: (rng.normal(0, scale, shape) + path.endswith("norm/scale")).astype(np.float32)
-          for path, shape in llava.shapes(config).items()}
+          for path, shape in systems.shapes(config).items()}
 
 
 def write_tokenizer(folder):

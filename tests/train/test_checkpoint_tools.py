@@ -10,7 +10,9 @@ import pytest
 
 from tests.train.test_checkpoint import abstract_of, data_files, flip, make_state, same
 from vlm_jax.cli import main as cli
+from vlm_jax.core import pieces
 from vlm_jax.core.errors import DATA, RETRY, USAGE, DataError, UsageError
+from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.train import checkpoint_tools as tools
 from vlm_jax.train.checkpoint import Checkpoints, load_params
 from vlm_jax.train.optimizer import make_optimizer
@@ -168,3 +170,32 @@ def test_prune_keeps_the_newest_sound_one(run):
   with pytest.raises(DataError, match="nothing is removed"):
     tools.prune(run, keep=1, keep_every=0, quarantined=True, really=True)
   assert left(run) == ["1", "3"]
+
+
+@pytest.mark.parametrize("size", [64, 300, 2**25])
+def test_parameters_in_pieces_are_the_parameters(tmp_path, monkeypatch, size):
+  monkeypatch.setattr(pieces, "BYTES", size)
+  state = make_state(1)
+  params = flatten(jax.device_get(state.params))
+  tools.write_run(tmp_path / "alone", "{}", 1, unflatten(
+    {path: pieces.of(array) for path, array in params.items()}), {})
+  store = Checkpoints(tmp_path / "trained" / "checkpoints", keep=1)
+  store.save(1, state, {}, {})
+  store.finish(1)
+  store.close()
+  for name in ("alone", "trained"):
+    folder = tmp_path / name / "checkpoints"
+    found = tools.open_params(folder, 1)
+    assert found.keys() == params.keys()
+    assert all(leaf.whole().tobytes() == params[path].tobytes() for path, leaf in found.items())
+    kernel = found["tower/kernel"]  # f32[64,8]
+    assert size > 2000 or len(list(kernel)) > 1 and kernel.rows < 64
+    back, _ = load_params(folder, abstract_of(state.params))
+    assert same(back, state.params)
+    assert tools.verify(folder, 1) is None
+    rng = np.random.default_rng(0)
+    file = data_files(folder / "1" / "params")[0]
+    for _ in range(20):
+      flip(file, rng)
+    with pytest.raises(DataError, match="is damaged"):
+      tools.open_sound(folder, 1)

@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
-from vlm_jax.convert import files, systems
+from vlm_jax.convert import systems
 from vlm_jax.core import digest
 from vlm_jax.core.document import Image
 from vlm_jax.core.errors import UsageError, nearest
@@ -110,7 +110,6 @@ def of_published(path: Path, config: ConfigDict) -> ConfigDict:
   module = find_fusion(config)
   if not module.STREAM:
     return config
-  files.read_processor(path, config)
   texts = {name: Path(name).read_bytes().hex() for name in published.paths(path)}
   folder = digest.of_json([texts, config.llm.vocab_size, config.data.template])
   systems.adopt_tokenizer(path, config, Path(config.data.root) / "tokenizers" / folder)

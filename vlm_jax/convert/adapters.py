@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import files, llava, safetensors_io, systems, table
-from vlm_jax.core import hf
+from vlm_jax.convert import llava, safetensors_io, systems, table
+from vlm_jax.core import hf, pieces
 from vlm_jax.core.adapters import A, Adapters, B, adapters, is_adapter
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 
@@ -42,7 +43,7 @@ def merge(params: Params, config: ConfigDict) -> tuple[Params, ConfigDict]:
   """Adds every adapter to its kernel, W + (alpha / rank) A B, in f32 and rounded once.
 
   Args:
-    params: of a model with adapters, or without: then nothing changes.
+    params: of a model with adapters, or without: then nothing changes; arrays or `Pieces`.
     config: of that model.
 
   Returns:
@@ -52,14 +53,25 @@ def merge(params: Params, config: ConfigDict) -> tuple[Params, ConfigDict]:
   merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
   for path in flat:
     if path.endswith(f"/{A}"):
-      kernel = path.removesuffix(A) + "kernel"
-      update = product(np.asarray(flat[path]), np.asarray(flat[path.removesuffix(A) + B]),
-                       flat[kernel].shape)
-      total = np.asarray(flat[kernel]).astype(np.float32) + np.float32(lora.scale) * update
-      merged[kernel] = total.astype(flat[kernel].dtype)
+      kernel, other = path.removesuffix(A) + "kernel", path.removesuffix(A) + B
+      total = _merged(flat[kernel], flat[path], flat[other], lora.scale)
+      merged[kernel] = total if isinstance(flat[kernel], Pieces) else total.whole()
   config = config.copy_and_resolve_references()
   config.lora.rank, config.lora.init = 0, ""
   return unflatten(merged), config
+
+
+def _merged(kernel: Any, a: Any, b: Any, scale: float) -> Pieces:
+  """A kernel with its adapter added, piece by piece; all three arrays or `Pieces`."""
+  kernel, a, b = map(pieces.of, (kernel, a, b))
+  stacked = len(a.shape) + len(b.shape) - 2 > len(kernel.shape)
+
+  def read(start: int, stop: int) -> np.ndarray:
+    part = kernel.read(start, stop)
+    update = product(a.read(start, stop), b.read(start, stop) if stacked else b.whole(), part.shape)
+    return (part.astype(np.float32) + np.float32(scale) * update).astype(kernel.dtype)
+
+  return Pieces(kernel.shape, kernel.dtype, read, kernel.rows)
 
 
 def product(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -94,7 +106,7 @@ def write(directory: str | os.PathLike, config: ConfigDict, params: Params) -> N
     raise UsageError("config.lora.rank is 0, so there are no adapters to write; use --to=hf")
   base = config.copy_and_resolve_references()
   base.lora.rank = 0
-  systems.writer(base).write_config(base, image_token=0)  # refuses what their model cannot be
+  systems.converter(base).write_config(base, image_token=0)  # refuses what their model cannot be
   flat = {path: leaf for path, leaf in flatten(params).items() if is_adapter(path)}
   found = entries(config, {path: leaf.shape for path, leaf in flat.items()})
   rename = table.renamer(MEMORY)
@@ -128,7 +140,7 @@ def read(directory: str | os.PathLike, config: ConfigDict) -> dict[str, np.ndarr
     if float(value) != float(ours):
       raise UsageError(f"config.lora.{field} is {ours} but {directory / CONFIG} says {value}; set "
                        f"config.lora.{field}={value}")
-  shapes = {path: shape for path, shape in files.shapes(config).items() if is_adapter(path)}
+  shapes = {path: shape for path, shape in systems.shapes(config).items() if is_adapter(path)}
   spell = table.renamer(((rf"^{re.escape(PREFIX)}", ""), *ALONE, *llava.SPELLINGS))
   with safetensors_io.Reader(directory / WEIGHTS) as reader:
     try:
@@ -144,7 +156,7 @@ def entries(config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> list[tabl
     UsageError: one is at a layer that is no linear layer there (the patches' convolution).
   """
   parts, known = [], set()
-  for ours, theirs, keys in systems.writer(config).parts(config):
+  for ours, theirs, keys in systems.converter(config).parts(config):
     rows = [row for row in keys if row[2] in ("in", "out") and row[0].endswith("/kernel")]
     known |= {ours + row[0].removesuffix("/kernel") for row in rows}
     parts.append((ours, theirs, tuple(

@@ -7,17 +7,11 @@ is the strategy `llava_next`, with grids of tiles and a newline besides. Their t
 `vision_feature_layer` of layers + 1, before any last norm.
 """
 
-import os
-from pathlib import Path
-
-import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import files, nodes, processor, safetensors_io, table
-from vlm_jax.convert.files import shapes
+from vlm_jax.convert import nodes, processor, table
 from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.typing import Params
 
 # One system, three spellings: files written by transformers 4, the names in memory of transformers
 # 5, and files written by transformers 5. The first is written; all are read. The prefixes:
@@ -29,8 +23,8 @@ SPELLINGS = (
   (r"^lm_head\.", LLM + "lm_head."),
   (r"^language_model\.(?!model\.|lm_head\.)", LLM + "model."),
 )
-# Their towers carry a last norm that a LLaVA never reads; weight 1 and bias 0 are written.
-UNREAD = (TOWER + "post_layernorm.weight", TOWER + "post_layernorm.bias")
+# Their towers carry a last norm that a LLaVA never reads; these are written.
+UNREAD = {TOWER + "post_layernorm.weight": 1, TOWER + "post_layernorm.bias": 0}
 # Their model_type to our strategy.
 STRATEGIES = {"llava": "concat", "llava_next": "llava_next"}
 MODEL_TYPES, FUSIONS = tuple(STRATEGIES), tuple(STRATEGIES.values())
@@ -40,66 +34,11 @@ NEWLINE = (("newline", "image_newline", "copy"),)
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
-def read(directory: str | os.PathLike, config: ConfigDict,
-         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
-  """Reads a LLaVA checkpoint.
-
-  Args:
-    directory: holds config.json and safetensors weights, in any of the three spellings.
-    config: any recipe; everything that does not describe the model stays as it is.
-    dtype: of the parameters; None: the file's.
-
-  Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays.
-
-  Raises:
-    DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
-    UsageError: config.json asks for something that the modules named above do not have.
-  """
-  theirs = safetensors_io.read_json(Path(directory) / "config.json")
-  config = read_config(theirs, config)
-  files.read_processor(directory, config)
-  with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config, dtype)
-
-
-def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
-  """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
-  tied = HEAD if config.llm.tie_embeddings else None
-  return nodes.load(source, entries(config), tied, table.renamer(SPELLINGS), UNREAD, dtype)
-
-
-def write(
-  directory: str | os.PathLike,
-  config: ConfigDict,
-  params: Params,
-  image_token: int,
-  shard_bytes: int = safetensors_io.SHARD_BYTES,
-  dtype: np.dtype | None = None,
-) -> None:
-  """Writes a checkpoint that transformers 4 and 5 load: config, image processor, weights.
-
-  Args:
-    directory: made if missing; must not hold a checkpoint.
-    config: the config of the model.
-    params: its parameters, without metadata boxes.
-    image_token: the token id that stands for one image slot in their input_ids.
-    shard_bytes: largest weight file.
-    dtype: of the file; None: the parameters'.
-
-  Raises:
-    UsageError: the directory holds a checkpoint, or the config is not a LLaVA.
-    DiskError: it cannot be written.
-  """
-  kind = files.dtype_of(params, dtype)
-  theirs = {**write_config(config, image_token), "dtype": kind.name}
+def pixels(config: ConfigDict, theirs: dict) -> dict:
+  """Their preprocessor_config.json."""
+  del theirs
   of = "LlavaNextProcessor" if config.data.decode.grids else "LlavaProcessor"
-  pixels = {"processor_class": of, **processor.write(config)}
-  tensors = table.export(params, entries(config), dtype)
-  for name, value in zip(UNREAD, (1, 0), strict=True):
-    filler = np.full(config.tower.width, value, kind)
-    tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
-  files.write(directory, tensors, theirs, pixels, shard_bytes)
+  return {"processor_class": of, **processor.write(config)}
 
 
 def parts(config: ConfigDict) -> tuple[table.Part, ...]:
@@ -110,11 +49,6 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
     ("llm/", LLM, fusion.find_llm(config).KEYS),
     ("", "", NEWLINE),
   )
-
-
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model."""
-  return table.entries(parts(config), shapes(config))
 
 
 def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:

@@ -154,8 +154,9 @@ def load(
   rename: Callable[[str], str] = lambda key: key,
   unread: tuple[str, ...] = (),
   dtype: np.dtype | None = None,
-) -> Params:
-  """`table.load` of a checkpoint with a language model in it.
+  read: Callable[..., Any] = table.load,
+) -> Any:
+  """The parameters of a checkpoint with a language model in it.
 
   Args:
     source: their tensors.
@@ -164,11 +165,15 @@ def load(
     rename: their key in this file to its canonical spelling.
     unread: canonical keys that the model is known not to read.
     dtype: of the parameters; None: the file's.
+    read: `table.load`, or `table.open_pieces` to read them later.
+
+  Returns:
+    What `read` does.
 
   Raises:
     DataError: as `table.load`, or a head that is said to be tied and differs from the embedding.
   """
-  params = table.load(source, expected, rename, lambda key: (
+  params = read(source, expected, rename, lambda key: (
     key.endswith(BUFFERS) or key in unread or key == tied), dtype)
   key = next((entry.key for entry in expected if entry.path.endswith(EMBEDDING)), None)
   names = {rename(name): name for name in source.shapes}

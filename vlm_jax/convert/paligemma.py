@@ -9,20 +9,15 @@ has 257,216 rows, of which a tokenizer uses 257,152.
 Called without token_type_ids their model is causal, the prefix too: another one.
 """
 
-import os
-from pathlib import Path
-
-import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import files, nodes, processor, safetensors_io, table
-from vlm_jax.convert.files import shapes
-from vlm_jax.convert.llava import CONNECTOR, HEAD, LLM, SPELLINGS, TOWER
+from vlm_jax.convert import llava, nodes, processor, table
+from vlm_jax.convert.llava import CONNECTOR, LLM, TOWER
 from vlm_jax.core import fusion, hf
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.typing import Params
 
 MODEL_TYPES, FUSIONS = ("paligemma",), ("prefix_lm",)
+SPELLINGS, HEAD, UNREAD = llava.SPELLINGS, llava.HEAD, {}
 TEXTS, VISION = ("gemma", "gemma2"), "siglip_vision_model"
 # What a config must be beside the nodes of its parts.
 NEEDED = (("fusion.name", "prefix_lm"), ("connector.name", "linear"), ("connector.bias", True),
@@ -30,61 +25,11 @@ NEEDED = (("fusion.name", "prefix_lm"), ("connector.name", "linear"), ("connecto
           ("tower.feature_layer", -1))
 
 
-def read(directory: str | os.PathLike, config: ConfigDict,
-         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
-  """Reads a PaliGemma checkpoint, in any spelling of its keys.
-
-  Args:
-    directory: holds config.json and safetensors weights.
-    config: any recipe; everything that does not describe the model stays as it is.
-    dtype: of the parameters; None: the file's.
-
-  Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays.
-
-  Raises:
-    DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
-    UsageError: config.json asks for something that the modules named above do not have.
-  """
-  config = read_config(safetensors_io.read_json(Path(directory) / "config.json"), config)
-  files.read_processor(directory, config)
-  with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config, dtype)
-
-
-def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
-  """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
-  tied = HEAD if config.llm.tie_embeddings else None
-  return nodes.load(source, entries(config), tied, table.renamer(SPELLINGS), dtype=dtype)
-
-
-def write(
-  directory: str | os.PathLike,
-  config: ConfigDict,
-  params: Params,
-  image_token: int,
-  shard_bytes: int = safetensors_io.SHARD_BYTES,
-  dtype: np.dtype | None = None,
-) -> None:
-  """Writes a checkpoint that transformers 4 and 5 load: config, image processor, weights.
-
-  Args:
-    directory: made if missing; must not hold a checkpoint.
-    config: the config of the model.
-    params: its parameters, without metadata boxes.
-    image_token: the token id that stands for one image slot in their input_ids.
-    shard_bytes: largest weight file.
-    dtype: of the file; None: the parameters'.
-
-  Raises:
-    UsageError: the directory holds a checkpoint, or the config is not a PaliGemma.
-    DiskError: it cannot be written.
-  """
-  theirs = {**write_config(config, image_token), "dtype": files.dtype_of(params, dtype).name}
-  pixels = processor.write(config) | {
+def pixels(config: ConfigDict, theirs: dict) -> dict:
+  """Their preprocessor_config.json."""
+  del theirs
+  return processor.write(config) | {
     "processor_class": "PaliGemmaProcessor", "image_seq_length": _slots(config)}
-  tensors = table.export(params, entries(config), dtype)
-  files.write(directory, tensors, theirs, pixels, shard_bytes)
 
 
 def parts(config: ConfigDict) -> tuple[table.Part, ...]:
@@ -94,11 +39,6 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
     ("connector/", CONNECTOR + "linear.", fusion.find_connector(config).KEYS),
     ("llm/", LLM, fusion.find_llm(config).KEYS),
   )
-
-
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model."""
-  return table.entries(parts(config), shapes(config))
 
 
 def read_config(theirs: dict, config: ConfigDict) -> ConfigDict:

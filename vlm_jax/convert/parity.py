@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import systems
+from vlm_jax.core import pieces
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.errors import DataError
@@ -33,16 +34,24 @@ def available() -> bool:
 def reread(directory: Path, config: ConfigDict, params: Params) -> int:
   """Reads a checkpoint back and compares every parameter bit by bit; returns their number.
 
+  Args:
+    directory: the checkpoint.
+    config: of the model.
+    params: of the model, arrays or `Pieces`.
+
   Raises:
     DataError: one differs.
   """
-  _, back = systems.read(directory, config)
-  ours, theirs = flatten(params), flatten(back)
-  for path, leaf in ours.items():
-    expected = np.asarray(leaf).astype(theirs[path].dtype)
-    if expected.tobytes() != theirs[path].tobytes():
-      raise DataError(f"{directory}: {path} is not what was written; the disk is at fault, or this "
-                      "program")
+  ours = {path: pieces.of(leaf) for path, leaf in flatten(params).items()}
+  with systems.open_pieces(directory, systems.read_config(directory, config)) as theirs:
+    for path, leaf in ours.items():
+      back = theirs[path]
+      for start in range(0, leaf.last, leaf.rows):
+        stop = min(start + leaf.rows, leaf.last)
+        expected = leaf.read(start, stop).astype(back.dtype)
+        if expected.tobytes() != back.read(start, stop).tobytes():
+          raise DataError(f"{directory}: {path} is not what was written; the disk is at fault, or "
+                          "this program")
   return len(ours)
 
 

@@ -11,8 +11,9 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +23,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
           "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+NAMES = {name: np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+         for dtype, name in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # what hubs and loaders expect a file to stay below
 
 
@@ -43,33 +46,27 @@ class Reader:
 
   Attributes:
     shapes: key to shape, of every tensor, known without reading any.
+    dtypes: key to dtype.
   """
 
   def __init__(self, path: str | os.PathLike):
     """Opens every file of a directory, or one file.
 
     Raises:
-      DataError: no weights, a missing shard, a damaged file, a key twice.
+      DataError: no weights, a missing shard, a damaged file, a key twice, a dtype without numbers.
     """
     path = Path(path)
     self.directory, names = (path.parent, [path.name]) if path.is_file() else (path, None)
     self.shapes: dict[str, tuple[int, ...]] = {}
-    self._files: dict[str, safe_open] = {}
-    self._stack = contextlib.ExitStack()
-    for name in names or self._names():
-      path = self.directory / name
-      try:
-        file = self._stack.enter_context(safe_open(path, framework="np"))
-      except (SafetensorError, OSError) as error:
-        self.close()
-        raise DataError(f"{path}: cannot be read as safetensors ({error}); download it again"
-                        ) from error
-      for key in file.keys():
-        if key in self._files:
-          raise DataError(f"{path}: holds '{key}' a second time; remove the files that are not in "
-                          f"{INDEX}")
-        self._files[key] = file
-        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+    self.dtypes: dict[str, np.dtype] = {}
+    self._places: dict[str, tuple[Path, int]] = {}
+    self._files: dict[Path, BinaryIO] = {}
+    try:
+      for name in names or self._names():
+        self._open(self.directory / name)
+    except BaseException:
+      self.close()
+      raise
 
   def _names(self) -> list[str]:
     index = self.directory / INDEX
@@ -80,8 +77,38 @@ class Reader:
     raise DataError(f"{self.directory}: holds neither {SINGLE} nor {INDEX}; give the directory of "
                     "a safetensors checkpoint")
 
+  def _open(self, path: Path) -> None:
+    """Notes where the tensors of a file are.
+
+    The library checks the file. It reads by mapping it into memory, whose pages stay: of a large
+    checkpoint all of it, so the bytes are read from the file itself.
+    """
+    try:
+      with safe_open(path, framework="np"):
+        file = self._files[path] = open(path, "rb")
+      (length,) = struct.unpack("<Q", file.read(8))
+      header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+      raise DataError(f"{path}: cannot be read as safetensors ({error}); download it again"
+                      ) from error
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+      if key in self._places:
+        raise DataError(f"{path}: holds '{key}' a second time; remove the files that are not in "
+                        f"{INDEX}")
+      if entry["dtype"] not in NAMES:
+        raise DataError(f"{path}: '{key}' is {entry['dtype']}; {', '.join(NAMES)} can be read")
+      self._places[key] = path, 8 + length + entry["data_offsets"][0]
+      self.shapes[key] = tuple(entry["shape"])
+      self.dtypes[key] = NAMES[entry["dtype"]]
+
   def __getitem__(self, key: str) -> np.ndarray:
-    return self._files[key].get_tensor(key)
+    (path, start), array = self._places[key], np.empty(self.shapes[key], self.dtypes[key])
+    file = self._files[path]
+    file.seek(start)
+    if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+      raise DataError(f"{path}: ends inside '{key}'; download it again")
+    return array
 
   def __enter__(self) -> "Reader":
     return self
@@ -91,8 +118,9 @@ class Reader:
 
   def close(self) -> None:
     """Closes every file."""
+    for file in self._files.values():
+      file.close()
     self._files = {}
-    self._stack.close()
 
 
 def new_directory(directory: str | os.PathLike) -> Path:

@@ -1,25 +1,46 @@
-"""The converter of a published system, found by its config.json or by our config.
+"""Published systems of Hugging Face, config.json and safetensors, both directions.
 
-A converter is a module with MODEL_TYPES, FUSIONS (the strategies that it writes) and these:
+A converter is a module that says how one family of systems is written down; reading and writing is
+here. It has
 
-  read_config(theirs, config)                                          ConfigDict
-  read(directory, config, dtype)                                       ConfigDict, Params
-  write(directory, config, params, image_token, shard_bytes, dtype)    None
-  shapes(config), parts(config), entries(config)                       parameters, their tensors
+  MODEL_TYPES, FUSIONS                  theirs that it reads, ours (`config.fusion.name`) it writes
+  SPELLINGS                             how keys are spelled in other files (`table.renamer`)
+  HEAD                                  the key of the language model's head, None: it has none
+  UNREAD                                keys of vectors [config.tower.width] that no model reads,
+                                        and what they are filled with
+  parts(config)                         where each module's tensors are (`table.Part`)
+  read_config(theirs, config)           a copy of `config` with the model of their config.json
+  write_config(config, image_token)     their config.json
+  pixels(config, theirs)                their preprocessor_config.json
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
+from flax.core import meta
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import hf_text, llava, paligemma, safetensors_io, two_towers
-from vlm_jax.core import precision
+from vlm_jax.convert import (
+  hf_text,
+  llava,
+  nodes,
+  paligemma,
+  processor,
+  safetensors_io,
+  table,
+  two_towers,
+)
+from vlm_jax.core import batch as batches
+from vlm_jax.core import fusion, precision
 from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 from vlm_jax.core.writing import new_directory, write_atomically
@@ -52,8 +73,8 @@ def reader(theirs: dict[str, Any]) -> ModuleType:
   return known[kind]
 
 
-def writer(config: ConfigDict) -> ModuleType:
-  """The converter that writes the models of a config.
+def converter(config: ConfigDict) -> ModuleType:
+  """The converter of the models of a config.
 
   Raises:
     UsageError: there is none for its strategy.
@@ -66,15 +87,56 @@ def writer(config: ConfigDict) -> ModuleType:
   return known[name]
 
 
+def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+  """Path to shape of every parameter of `config`'s model; makes none."""
+  module = fusion.find_fusion(config)
+  row = batches.from_flat(batches.empty(module.fields(config), module.axes(config), rows=1))
+  init = lambda: meta.unbox(module.Model(config).init(jax.random.key(0), row))["params"]
+  return {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
+
+
+def entries(config: ConfigDict) -> list[table.Entry]:
+  """Every tensor of the checkpoint of `config`'s model."""
+  return table.entries(converter(config).parts(config), shapes(config))
+
+
 def read_config(directory: str | os.PathLike, config: ConfigDict) -> ConfigDict:
-  """A copy of `config` whose model is the one of a directory's config.json.
+  """A copy of `config` whose model and pixels are those of a directory.
+
+  Args:
+    directory: holds config.json; a preprocessor_config.json is read too.
+    config: any recipe; everything that does not describe the model stays as it is.
 
   Raises:
-    UsageError: no converter reads it, or it lacks a setting.
+    UsageError: no converter reads it, or it asks for what our modules do not have.
     DataError: there is no readable config.json.
   """
   theirs = safetensors_io.read_json(Path(directory) / "config.json")
-  return reader(theirs).read_config(theirs, config)
+  config = reader(theirs).read_config(theirs, config)
+  _read_processor(Path(directory), config)
+  return config
+
+
+def _read_processor(directory: Path, config: ConfigDict) -> None:
+  """Sets how the image processor of a checkpoint, if there is one, makes pixels.
+
+  It is a node of processor_config.json, as transformers 5 writes it, or a file of its own.
+  """
+  whole, alone = directory / processor.WHOLE, directory / processor.FILE
+  theirs = safetensors_io.read_json(whole).get(processor.NODE) if whole.exists() else None
+  if theirs is None:
+    if not alone.exists():
+      return
+    theirs = safetensors_io.read_json(alone)
+  tower, decode = processor.read(theirs)
+  if decode["fit"] == "naflex":  # which may give a tower more patches than it has positions
+    native = config.tower.position_size or config.tower.image_size
+    config.tower.position_size = 0 if tower["image_size"] == native else native
+  elif tower["image_size"] != config.tower.image_size:
+    raise UsageError(f"{processor.FILE}: images of {tower['image_size']} pixels, but config.json's "
+                     f"tower sees {config.tower.image_size}; they are not of one checkpoint")
+  config.tower.update(tower)
+  config.data.decode.update(decode)
 
 
 def read(directory: str | os.PathLike, config: ConfigDict,
@@ -82,7 +144,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
   """Reads a checkpoint of any published system.
 
   Args:
-    directory: holds config.json and safetensors weights.
+    directory: holds config.json and safetensors weights, in any spelling of their keys.
     config: any recipe; everything that does not describe the model stays as it is.
     dtype: of the parameters; None: the file's.
 
@@ -93,8 +155,73 @@ def read(directory: str | os.PathLike, config: ConfigDict,
     UsageError: as `read_config`.
     DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
   """
-  theirs = safetensors_io.read_json(Path(directory) / "config.json")
-  return reader(theirs).read(directory, config, dtype)
+  config = read_config(directory, config)
+  with safetensors_io.Reader(directory) as source:
+    return config, load(source, config, dtype)
+
+
+def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
+  """The parameters of `config`'s model from their tensors by key; errors as `read`."""
+  return _read(source, config, dtype, table.load)
+
+
+@contextlib.contextmanager
+def open_pieces(directory: str | os.PathLike, config: ConfigDict,
+                dtype: np.dtype | None = None) -> Iterator[dict[str, Pieces]]:
+  """The parameters of `config`'s model by path, read from their files when asked for.
+
+  Args:
+    directory: holds safetensors weights.
+    config: from `read_config`.
+    dtype: of the parameters; None: the file's.
+
+  Raises:
+    DataError: as `read`.
+  """
+  with safetensors_io.Reader(directory) as source:
+    yield _read(source, config, dtype, table.open_pieces)
+
+
+def _read(source: table.Source, config: ConfigDict, dtype: np.dtype | None, how: Any) -> Any:
+  module = converter(config)
+  tied = module.HEAD if config.llm.tie_embeddings else None
+  return nodes.load(source, entries(config), tied, table.renamer(module.SPELLINGS),
+                    tuple(module.UNREAD), dtype, how)
+
+
+def write(
+  directory: str | os.PathLike,
+  config: ConfigDict,
+  params: Params,
+  image_token: int,
+  shard_bytes: int = safetensors_io.SHARD_BYTES,
+  dtype: np.dtype | None = None,
+) -> None:
+  """Writes a checkpoint that transformers loads: config, image processor, weights.
+
+  Args:
+    directory: made if missing; must not hold a checkpoint.
+    config: the config of the model.
+    params: its parameters without metadata boxes, arrays or `Pieces`.
+    image_token: the token id that stands for one image slot in their input_ids, if any does.
+    shard_bytes: largest weight file.
+    dtype: of the file; None: the parameters'.
+
+  Raises:
+    UsageError: the directory holds a checkpoint, or the config is of no published system.
+    DiskError: it cannot be written.
+  """
+  module = converter(config)
+  kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
+  theirs = {**module.write_config(config, image_token), "dtype": kind.name}
+  tensors = table.export(params, entries(config), dtype)
+  for name, value in module.UNREAD.items():
+    filler = np.full(config.tower.width, value, kind)
+    tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
+  directory = safetensors_io.new_directory(directory)
+  safetensors_io.write(directory, tensors, shard_bytes)
+  safetensors_io.write_json(directory / processor.FILE, module.pixels(config, theirs))
+  safetensors_io.write_json(directory / "config.json", theirs)
 
 
 def one_dtype(params: Params) -> str:

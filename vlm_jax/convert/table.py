@@ -23,7 +23,9 @@ import ml_dtypes
 import numpy as np
 
 from vlm_jax.convert.safetensors_io import Tensor
+from vlm_jax.core import pieces
 from vlm_jax.core.errors import DataError
+from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 
@@ -169,6 +171,53 @@ def load(
   Raises:
     DataError: missing keys, unexpected keys, or wrong shapes; one sentence with the names.
   """
+  source, spelled = _match(source, table, rename, unread)
+  return unflatten({path: _read(source, rows, spelled, dtype)
+                    for path, rows in _by_path(table).items()})
+
+
+def open_pieces(
+  source: Source,
+  table: list[Entry],
+  rename: Callable[[str], str] = lambda key: key,
+  unread: Callable[[str], bool] = lambda key: False,
+  dtype: np.dtype | None = None,
+) -> dict[str, Pieces]:
+  """As `load`, by path and without reading anything yet; the source has `dtypes`, too.
+
+  One tensor is in memory at a time, or the layers of one piece.
+  """
+  dtypes = source.dtypes
+  source, spelled = _match(source, table, rename, unread)
+  last: dict[str, np.ndarray] = {}  # the last parameter that has no layers, nothing else
+
+  def whole(path: str, rows: list[Entry]) -> np.ndarray:
+    if path not in last:
+      last.clear()
+      last[path] = _read(source, rows, spelled, dtype)
+    return last[path]
+
+  def of(path: str, rows: list[Entry]) -> Pieces:
+    shape, stacked = rows[0].shape, rows[0].layer is not None
+    shape = (len(rows), *shape) if stacked else shape
+    found = {row.key: dtype or dtypes[_tensor(spelled[row.key])] for row in rows}
+    if other := [key for key in found if found[key] != found[rows[0].key]]:
+      raise _mixed(other[0], found[other[0]], found[rows[0].key])
+    kind = np.dtype(found[rows[0].key])
+
+    def read(start: int, stop: int) -> np.ndarray:
+      if stacked:
+        return _read(source, rows[start:stop], spelled, dtype)
+      return whole(path, rows)[start:stop] if shape else whole(path, rows)
+
+    return Pieces(shape, kind, read, pieces.rows(shape, kind))
+
+  return {path: of(path, rows) for path, rows in _by_path(table).items()}
+
+
+def _match(source: Source, table: list[Entry], rename: Callable[[str], str],
+           unread: Callable[[str], bool]) -> tuple[Source, dict[str, str]]:
+  """The source with parts apart, and canonical key to its key there; all that `load` can refuse."""
   source = _apart(source, table, rename)
   spelled: dict[str, str] = {}
   for key in source.shapes:
@@ -190,22 +239,36 @@ def load(
   if wrong:
     raise DataError(f"weights: {len(wrong)} shapes are wrong: {name_keys(wrong)}; the config.json "
                     "describes another model")
+  return source, spelled
 
-  layers = {entry.path: entry.layer + 1 for entry in table if entry.layer is not None}
-  flat: dict[str, np.ndarray] = {}
+
+def _by_path(table: list[Entry]) -> dict[str, list[Entry]]:
+  """Every parameter's tensors: its layers in order, or one."""
+  found: dict[str, list[Entry]] = {}
   for entry in table:
-    array = entry.op.load(source[spelled[entry.key]], entry.shape)
-    if entry.layer is None:
-      flat[entry.path] = np.array(array, dtype, order="C")
-      continue
-    if entry.path not in flat:
-      flat[entry.path] = np.empty((layers[entry.path], *entry.shape), dtype or array.dtype)
-    stacked = flat[entry.path]
+    found.setdefault(entry.path, []).append(entry)
+  return found
+
+
+def _read(source: Source, rows: list[Entry], spelled: Mapping[str, str], dtype: np.dtype | None
+          ) -> np.ndarray:
+  """Some layers of a parameter, stacked, or one that has none."""
+  array = rows[0].op.load(source[spelled[rows[0].key]], rows[0].shape)
+  if rows[0].layer is None:
+    return np.array(array, dtype, order="C")
+  stacked = np.empty((len(rows), *rows[0].shape), dtype or array.dtype)
+  for number, row in enumerate(rows):
+    if number:
+      array = row.op.load(source[spelled[row.key]], row.shape)
     if dtype is None and stacked.dtype != array.dtype:
-      raise DataError(f"weights: {entry.key} is {array.dtype} but earlier layers are "
-                      f"{stacked.dtype}; ask for one with --dtype")
-    stacked[entry.layer] = array
-  return unflatten(flat)
+      raise _mixed(row.key, array.dtype, stacked.dtype)
+    stacked[number] = array
+  return stacked
+
+
+def _mixed(key: str, kind: np.dtype, first: np.dtype) -> DataError:
+  return DataError(f"weights: {key} is {kind} but earlier layers are {first}; ask for one with "
+                   "--dtype")
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -214,21 +277,26 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def export(params: Params, table: list[Entry], dtype: np.dtype | None = None) -> dict[str, Tensor]:
-  """Their tensors by key, in `dtype` (None: the parameters').
+  """Their tensors by key, in `dtype` (None: the parameters'); a parameter is an array or `Pieces`.
 
-  Each is made when asked for; a parameter on devices is copied to the host once for all its layers
-  that are asked for in a row.
+  Each is made when asked for. A piece of a parameter is read once for all its layers that are asked
+  for in a row.
   """
-  flat = flatten(params)
-  host: dict[str, np.ndarray] = {}  # the last parameter copied, nothing else
+  flat = {path: pieces.of(leaf) for path, leaf in flatten(params).items()}
+  host: dict[tuple[str, int], np.ndarray] = {}  # the last piece read, nothing else
+
+  def layer(entry: Entry) -> np.ndarray:
+    whole = flat[entry.path]
+    start = entry.layer // whole.rows * whole.rows
+    if (entry.path, start) not in host:
+      host.clear()
+      stop = min(start + whole.rows, whole.shape[0])
+      host[entry.path, start] = whole.read(start, stop)
+    return host[entry.path, start][entry.layer - start]
 
   def get(entry: Entry) -> np.ndarray:
-    if entry.path not in host:
-      host.clear()
-      host[entry.path] = np.asarray(flat[entry.path])
-    array = host[entry.path]
-    array = entry.op.export(array if entry.layer is None else array[entry.layer])
-    return array.astype(kind(entry), copy=False)
+    array = flat[entry.path].whole() if entry.layer is None else layer(entry)
+    return entry.op.export(array).astype(kind(entry), copy=False)
 
   def kind(entry: Entry) -> np.dtype:
     return np.dtype(dtype or flat[entry.path].dtype)
@@ -266,6 +334,12 @@ class _Apart:
     return np.split(self._source[match[1]], int(match[3]))[int(match[2])]
 
 
+def _tensor(key: str) -> str:
+  """The tensor that a key of KEYS is, or is a part of."""
+  match = PART.fullmatch(key)
+  return match[1] if match else key
+
+
 def _apart(source: Source, table: list[Entry], rename: Callable[[str], str]) -> Source:
   matches = [match for entry in table if (match := PART.fullmatch(entry.key))]
   counts = {match[1]: int(match[3]) for match in matches}
@@ -277,8 +351,8 @@ def _together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
   """The inverse on what is written: the parts of a tensor, which are in order, are one."""
   found: dict[str, list[Tensor]] = {}
   for key, tensor in tensors.items():
-    match = PART.fullmatch(key)
-    found.setdefault(match[1] if match else key, []).append(tensor)
+    found.setdefault(_tensor(key), []).append(tensor)
+
   def join(parts: list[Tensor]) -> Tensor:
     first, *_ = parts
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])

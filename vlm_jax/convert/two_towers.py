@@ -5,18 +5,13 @@ module has the model_type of their nodes. The checkpoints of SigLIP 2 for one re
 themselves "siglip"; those that call themselves "siglip2" give every image a grid of its own.
 """
 
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import files, nodes, processor, safetensors_io, table
-from vlm_jax.convert.files import shapes
+from vlm_jax.convert import nodes, processor, table
 from vlm_jax.core import fusion
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.typing import Params
 
 TOWER, TEXT = "vision_model.", "text_model."
 
@@ -35,67 +30,7 @@ SYSTEMS = {
   "siglip2": System("siglip", "map", "Siglip2Model"),
 }
 MODEL_TYPES, FUSIONS = tuple(SYSTEMS), ("clip", "siglip")
-
-
-def read(directory: str | os.PathLike, config: ConfigDict,
-         dtype: np.dtype | None = None) -> tuple[ConfigDict, Params]:
-  """Reads a checkpoint.
-
-  Args:
-    directory: holds config.json and safetensors weights; a preprocessor_config.json is read too.
-    config: any recipe; everything that does not describe the model stays as it is.
-    dtype: of the parameters; None: the file's.
-
-  Returns:
-    The config of the checkpoint's model, and its parameters as numpy arrays.
-
-  Raises:
-    DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
-    UsageError: config.json asks for something that our modules do not have.
-  """
-  theirs = safetensors_io.read_json(Path(directory) / "config.json")
-  config = read_config(theirs, config)
-  files.read_processor(directory, config)
-  with safetensors_io.Reader(directory) as reader:
-    return config, load(reader, config, dtype)
-
-
-def load(source: table.Source, config: ConfigDict, dtype: np.dtype | None = None) -> Params:
-  """The parameters of `config`'s model from their tensors by key, see `nodes.load`."""
-  return nodes.load(source, entries(config), dtype=dtype)
-
-
-def write(
-  directory: str | os.PathLike,
-  config: ConfigDict,
-  params: Params,
-  image_token: int,
-  shard_bytes: int = safetensors_io.SHARD_BYTES,
-  dtype: np.dtype | None = None,
-) -> None:
-  """Writes a checkpoint that transformers loads: config, image processor, weights.
-
-  Args:
-    directory: made if missing; must not hold a checkpoint.
-    config: the config of the model.
-    params: its parameters, without metadata boxes.
-    image_token: of no meaning here: no text holds a picture.
-    shard_bytes: largest weight file.
-    dtype: of the file; None: the parameters'.
-
-  Raises:
-    UsageError: the directory holds a checkpoint, or the config is of no such system.
-    DiskError: it cannot be written.
-  """
-  del image_token
-  theirs = {**write_config(config), "dtype": files.dtype_of(params, dtype).name}
-  pixels = config
-  if theirs["model_type"] == "siglip2":  # which reads nothing else
-    pixels = config.copy_and_resolve_references()
-    pixels.data.decode.fit = "naflex"
-  pixels = processor.write(pixels)
-  tensors = table.export(params, entries(config), dtype)
-  files.write(directory, tensors, theirs, pixels, shard_bytes)
+SPELLINGS, HEAD, UNREAD = (), None, {}
 
 
 def parts(config: ConfigDict) -> tuple[table.Part, ...]:
@@ -105,11 +40,6 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
     ("llm/", TEXT, fusion.find_llm(config).KEYS),
     ("", "", fusion.find_fusion(config).KEYS),
   )
-
-
-def entries(config: ConfigDict) -> list[table.Entry]:
-  """Every tensor of the checkpoint of `config`'s model."""
-  return table.entries(parts(config), shapes(config))
 
 
 def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
@@ -140,8 +70,8 @@ def read_config(theirs: dict[str, Any], config: ConfigDict) -> ConfigDict:
   return config
 
 
-def write_config(config: ConfigDict, image_token: int = 0) -> dict[str, Any]:
-  """Their config.json of `config`'s model; no text holds a picture, so `image_token` means nothing.
+def write_config(config: ConfigDict, image_token: int) -> dict[str, Any]:
+  """Their config.json of `config`'s model; its texts hold no picture, so `image_token` is nothing.
 
   Raises:
     UsageError: the config is of no such system; the sentence names the field.
@@ -168,3 +98,10 @@ def write_config(config: ConfigDict, image_token: int = 0) -> dict[str, Any]:
             "vision_config": vision}
   text["projection_size"] = config.tower.width
   return {**theirs, "text_config": text, "vision_config": {**vision, "vision_use_head": True}}
+
+def pixels(config: ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
+  """Their preprocessor_config.json: the same resize and pixel scaling."""
+  if theirs["model_type"] == "siglip2":  # which reads nothing else
+    config = config.copy_and_resolve_references()
+    config.data.decode.fit = "naflex"
+  return processor.write(config)

@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlm_jax.core import pieces
+from vlm_jax.core.pieces import Pieces
+
 
 def of_json(value: Any) -> str:
   """The digest of a JSON value; the order of keys does not count."""
@@ -18,25 +21,26 @@ def of_json(value: Any) -> str:
 
 
 def of_arrays(tree: Any) -> dict[str, dict[str, Any]]:
-  """Path to {"shape", "dtype", "digest"} of every array of a tree; it may be spread over hosts."""
+  """Path to {"shape", "dtype", "digest"} of every array of a tree.
+
+  An array may be spread over hosts, or be `Pieces`, of which one at a time is in memory.
+  """
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
   leaves = [leaf for _, leaf in flat]
-  if jax.process_count() > 1:  # collectives must run in one order on all hosts
+  # Collectives must run in one order on all hosts; pieces are read for want of memory.
+  if jax.process_count() > 1 or any(isinstance(leaf, Pieces) for leaf in leaves):
     return dict(zip(names, map(_entry, leaves), strict=True))
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter
     return dict(zip(names, pool.map(_entry, leaves), strict=True))
 
 
 def _entry(leaf: Any) -> dict[str, Any]:
-  shape, dtype = list(np.shape(leaf)), str(np.dtype(leaf.dtype))
+  shape, dtype = list(leaf.shape), str(np.dtype(leaf.dtype))
   digest = hashlib.blake2b(f"{shape} {dtype}".encode(), digest_size=16)
-  digest.update(np.ascontiguousarray(_host(leaf)).reshape(-1).view(np.uint8).data)
-  return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}
-
-
-def _host(leaf: Any) -> np.ndarray:
-  """The whole array on this host; one at a time, so a gather never holds more than one leaf."""
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-  return np.asarray(leaf)
+    # One at a time, so that a gather never holds more than one leaf.
+    leaf = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+  for piece in pieces.of(leaf):
+    digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+  return {"shape": shape, "dtype": dtype, "digest": digest.hexdigest()}

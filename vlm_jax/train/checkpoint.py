@@ -23,15 +23,11 @@ from jax.experimental import multihost_utils
 from vlm_jax.core import digest
 from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.core.typing import Params
+from vlm_jax.train import arrays
+from vlm_jax.train.arrays import Corrupt, reading
 from vlm_jax.train.state import State, begin
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "enospc", "efbig", "edquot")
-# Trouble of this machine, not of the checkpoint: never a reason to move one aside.
-OURS = (MemoryError, PermissionError, KeyboardInterrupt)
-
-
-class Corrupt(Exception):
-  """A checkpoint that cannot be read back as it was written; the message says what is wrong."""
 
 
 class Checkpoints:
@@ -82,8 +78,8 @@ class Checkpoints:
     self._guard(lambda: self._manager.wait_until_finished())
     tree = {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
     items = {
-      "params": ocp.args.StandardSave(tree["params"]),
-      "optimizer": ocp.args.StandardSave(tree["optimizer"]),
+      **{name: ocp.args.StandardSave(item, save_args=arrays.chunks(item))
+         for name, item in tree.items()},
       "data": ocp.args.JsonSave(data),
       "meta": ocp.args.JsonSave(meta),
       "manifest": ocp.args.JsonSave(make_manifest(tree, {"data": data, "meta": meta})),
@@ -235,6 +231,20 @@ def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dic
     Corrupt: something is not what was written.
     UsageError: the checkpoint is sound and of another model.
   """
+  manifest, data, meta = read_documents(manager, step)
+  same_model(manifest["arrays"], abstract, step)
+  tree = {name: read_item(manager, step, name, ocp.args.StandardRestore(item))
+          for name, item in abstract.items()}
+  verify(tree, manifest)
+  return tree, data, meta
+
+
+def read_documents(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict, dict]:
+  """The manifest of a checkpoint, the loader's state and the meta data, verified.
+
+  Raises:
+    Corrupt: one is not what was written.
+  """
   json_item = lambda name: read_item(manager, step, name, ocp.args.JsonRestore())
   manifest = json_item("manifest")
   own = manifest.pop("digest", None) if isinstance(manifest, dict) else None
@@ -244,30 +254,27 @@ def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dic
   for name, value in documents.items():
     if digest.of_json(value) != manifest["documents"][name]:
       raise Corrupt(f"'{name}' is not what was written")
-  _same_model(manifest["arrays"], abstract, step)
-  tree = {name: read_item(manager, step, name, ocp.args.StandardRestore(item))
-          for name, item in abstract.items()}
-  found = make_manifest(tree, {})["arrays"]
-  for name, entry in found.items():
+  return manifest, documents["data"], documents["meta"]
+
+
+def verify(tree: Any, manifest: dict[str, Any]) -> None:
+  """Compares arrays, or `Pieces`, with the manifest's digests.
+
+  Raises:
+    Corrupt: one is not what was written.
+  """
+  for name, entry in digest.of_arrays(tree).items():
     if entry != manifest["arrays"][name]:
       raise Corrupt(f"array '{name}' is not what was written")
-  return tree, documents["data"], documents["meta"]
 
 
 def read_item(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -> Any:
   """One item of a checkpoint as Orbax reads it, not verified; Corrupt when it cannot."""
-  try:
+  with reading(name):
     return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
-  except OURS:
-    raise
-  except Exception as error:
-    if "RESOURCE_EXHAUSTED" in str(error):
-      raise
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full ")[0]
-    raise Corrupt(f"'{name}' cannot be read: {reason[:200]}") from error
 
 
-def _same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:
+def same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:
   """Refuses a sound checkpoint of another model, which is nothing to move aside."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
     name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,15 +1,16 @@
 """What `vlm-jax ckpt` does: look at checkpoints without the code or config that wrote them.
 
 Shapes and dtypes come from a checkpoint's own manifest, every array is checked against its digest,
-and all of it lands on one device, whatever mesh it was written from. `prune` takes the lock of the
-run first; `average` and `write_run` make new directories.
+and all of it lands on the host, whatever mesh it was written from; parameters may stay on the disk,
+to be read in pieces. `prune` takes the lock of the run first; `average` and `write_run` make new
+directories.
 """
 
 import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import unflatten
 from vlm_jax.core.typing import Params
 from vlm_jax.core.writing import new_directory, write_atomically
-from vlm_jax.train import checkpoint, workdir
+from vlm_jax.train import arrays, checkpoint, workdir
 from vlm_jax.train.checkpoint import Corrupt
 
 FOLDER = "checkpoints"
@@ -119,54 +121,80 @@ def load(path: Path, step: int, items: Sequence[str] = ITEMS) -> Contents:
   Raises:
     Corrupt: it is not what was written.
   """
+  found: dict[str, np.ndarray] = {}
+  with _reader(path) as manager:
+    manifest, data, meta = checkpoint.read_documents(manager, step)
+    for item in items:
+      # One item after the other: the optimizer is twice as large as the parameters.
+      if item == "params":
+        mine = {f"params/{name}": leaf.whole() for name, leaf in _pieces(path, step, manifest)}
+        checkpoint.verify(mine, manifest)
+      else:
+        mine = _optimizer(manager, step, path / str(step) / item, manifest)
+      found |= mine
+  return Contents(step, found, data, meta)
+
+
+def open_params(path: Path, step: int) -> dict[str, Pieces]:
+  """The parameters of a checkpoint by path, verified, and none of them in memory.
+
+  Args:
+    path: the `checkpoints/` directory.
+    step: which.
+
+  Raises:
+    Corrupt: it is not what was written.
+  """
+  with _reader(path) as manager:
+    manifest, _, _ = checkpoint.read_documents(manager, step)
+  found = dict(_pieces(path, step, manifest))
+  checkpoint.verify({"params": unflatten(found)}, manifest)
+  return found
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[ocp.CheckpointManager]:
   checkpoint.quiet()
   manager = ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
-  arrays: dict[str, np.ndarray] = {}
-  data = meta = {}
   try:
-    manifest = checkpoint.read_item(manager, step, "manifest", ocp.args.JsonRestore())
-    for item in items:
-      abstract = _abstract(path / str(step) / item, manifest)
-      if not jax.tree.leaves(abstract):
-        continue
-      # One item after the other: the optimizer is twice as large as the parameters.
-      tree, data, meta = checkpoint.read(manager, step, {item: abstract})
-      leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-      arrays |= {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
-                 for keys, leaf in leaves}
-      expected = {name for name in manifest["arrays"] if name.split("/")[0] == item}
-      if missing := sorted(expected - arrays.keys()):
-        raise Corrupt(f"array '{missing[0]}' is missing")
+    yield manager
   finally:
     manager.close()
-  return Contents(step, arrays, data, meta)
 
 
-def _abstract(path: Path, manifest: Any) -> Any:
-  """Shapes of an item on one device.
+def _pieces(path: Path, step: int, manifest: dict[str, Any]) -> Iterable[tuple[str, Pieces]]:
+  entries = {name.partition("/")[2]: entry for name, entry in manifest["arrays"].items()
+             if name.split("/")[0] == "params"}
+  return arrays.open_pieces(path / str(step) / "params", entries).items()
 
-  Parameters are a nested dict, which the manifest's paths spell; the optimizer's tuples are known
-  from Orbax's own description of the tree.
-  """
-  if not isinstance(manifest, dict) or not isinstance(manifest.get("arrays"), dict):
-    raise Corrupt("its manifest is damaged")
+
+def _optimizer(manager: ocp.CheckpointManager, step: int, path: Path, manifest: dict[str, Any]
+               ) -> dict[str, np.ndarray]:
+  """The optimizer's arrays; its tuples are known from Orbax's own description of the tree."""
+  expected = {name for name in manifest["arrays"] if name.split("/")[0] == path.name}
+  if not expected:
+    return {}
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shape = lambda size, dtype: jax.ShapeDtypeStruct(tuple(size), np.dtype(dtype), sharding=sharding)
-  mine = {name.partition("/")[2]: entry for name, entry in manifest["arrays"].items()
-          if name.split("/")[0] == path.name}
-  if path.name == "params" or not mine:
-    return unflatten({name: shape(entry["shape"], entry["dtype"]) for name, entry in mine.items()})
   try:
     tree = ocp.StandardCheckpointHandler().metadata(path).tree
-    return jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), tree)
+    abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
   except Exception as error:  # whatever a damaged description makes Orbax say
     raise Corrupt(f"'{path.name}' has no readable description of its arrays") from error
+  tree, _, _ = checkpoint.read(manager, step, {path.name: abstract})
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  found = {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
+           for keys, leaf in leaves}
+  if missing := sorted(expected - found.keys()):
+    raise Corrupt(f"array '{missing[0]}' is missing")
+  return found
 
 
 def verify(path: Path, step: int) -> str | None:
   """Reads every byte of a checkpoint: None when all is as it was written, else what is wrong."""
   try:
-    load(path, step)
+    open_params(path, step)
+    load(path, step, ("optimizer",))
   except Corrupt as error:
     return str(error)
   return None
@@ -174,8 +202,20 @@ def verify(path: Path, step: int) -> str | None:
 
 def sound(path: Path, step: int, items: Sequence[str] = ITEMS) -> Contents:
   """As `load`, with a DataError for people."""
-  try:
+  with _for_people(path, step):
     return load(path, step, items)
+
+
+def open_sound(path: Path, step: int) -> dict[str, Pieces]:
+  """As `open_params`, with a DataError for people."""
+  with _for_people(path, step):
+    return open_params(path, step)
+
+
+@contextlib.contextmanager
+def _for_people(path: Path, step: int) -> Iterator[None]:
+  try:
+    yield
   except Corrupt as error:
     raise DataError(f"checkpoint {path / str(step)} is damaged ({error}); name another one"
                     ) from error
@@ -260,21 +300,19 @@ def write_run(directory: Path, config: str, step: int, params: Params,
     directory: an empty one.
     config: the text of its config.json.
     step: under which the checkpoint is stored.
-    params: plain arrays.
+    params: plain arrays, or `Pieces`, which are read twice: for their digests, then to be written.
     meta: anything worth knowing, JSON; `step` is added.
   """
   checkpoint.quiet()
-  meta = {"step": step, **meta}
+  meta, params = {"step": step, **meta}, arrays.cut(params)
   write_atomically(directory / "config.json", config)
-  items = {
-    "params": ocp.args.StandardSave(params),
-    "data": ocp.args.JsonSave({}),
-    "meta": ocp.args.JsonSave(meta),
-    "manifest": ocp.args.JsonSave(
-      checkpoint.make_manifest({"params": params}, {"data": {}, "meta": meta})),
-  }
-  with ocp.CheckpointManager(directory.absolute() / FOLDER) as manager:
-    manager.save(step, args=ocp.args.Composite(**items))
+  json = {"data": {}, "meta": meta}
+  json["manifest"] = checkpoint.make_manifest({"params": params}, json)
+  handlers = {"params": arrays.handler(), **{name: ocp.JsonCheckpointHandler() for name in json}}
+  with ocp.CheckpointManager(directory.absolute() / FOLDER, item_handlers=handlers) as manager:
+    manager.save(step, args=ocp.args.Composite(
+      params=ocp.args.PyTreeSave(params),
+      **{name: ocp.args.JsonSave(value) for name, value in json.items()}))
 
 
 def removable(path: Path, keep: int, keep_every: int, quarantined: bool = False) -> list[Entry]:

@@ -1,0 +1,125 @@
+"""The arrays of a checkpoint in pieces: written from and read into less memory than they take.
+
+The layout is Orbax's, so that either side can be Orbax: a tree is an OCDBT store, an array in it a
+zarr array under its path with dots. What is written here, and what `Checkpoints` saves, is cut into
+chunks that can be read alone.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from vlm_jax.core import pieces
+from vlm_jax.core.pieces import Pieces
+from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.core.typing import Params
+
+# Trouble of this machine, not of the checkpoint: never a reason to move one aside.
+OURS = (MemoryError, PermissionError, KeyboardInterrupt)
+
+
+class Corrupt(Exception):
+  """A checkpoint that cannot be read back as it was written; the message says what is wrong."""
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+  """Makes a Corrupt of whatever a damaged checkpoint makes its readers say of `name`."""
+  try:
+    yield
+  except OURS:
+    raise
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full ")[0]
+    raise Corrupt(f"'{name}' cannot be read: {reason[:200]}") from error
+
+
+class Writer(ocp.type_handlers.NumpyHandler):
+  """Writes `Pieces`, one piece of one array at a time."""
+
+  def __init__(self):
+    super().__init__(deepcopy_host_arrays=False)  # nothing else has a piece
+    self._turn = asyncio.Lock()
+
+  async def _open_and_write(self, value: Pieces, tspec: dict[str, Any], ts_context: ts.Context
+                            ) -> None:
+    """What Orbax calls for every array, for all of them at once."""
+    async with self._turn:
+      if value.shape:  # whole chunks are written, so that none is read back
+        tspec["metadata"]["chunks"] = [max(1, size) for size in (value.rows, *value.shape[1:])]
+      array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+      start = 0
+      for piece in value:
+        part = array[start : start + len(piece)] if value.shape else array
+        await part.write(piece)
+        start += value.rows
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+  """What writes a nested dict of `Pieces` (`ocp.args.PyTreeSave`)."""
+  registry = ocp.type_handlers.create_type_handler_registry((Pieces, Writer()))
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def cut(params: Params) -> Params:
+  """The parameters, arrays or `Pieces`, as `handler` writes them."""
+  return unflatten({path: pieces.of(leaf) for path, leaf in flatten(params).items()})
+
+
+def chunks(tree: Any) -> Any:
+  """How Orbax is to cut large arrays on devices, `ocp.SaveArgs` by leaf: between rows if it can.
+
+  Else it would write what a device holds of an array as one chunk, which any reader of a part of it
+  must decode as a whole.
+  """
+
+  def args(leaf: jax.Array) -> ocp.SaveArgs:
+    row = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+    axes = (0,) if leaf.nbytes > pieces.BYTES and row >= pieces.BYTES // 2**5 else ()
+    return ocp.SaveArgs(chunk_byte_size=pieces.BYTES, shard_axes=axes)
+
+  return jax.tree.map(args, tree)
+
+
+def open_pieces(directory: Path, expected: dict[str, dict[str, Any]]) -> dict[str, Pieces]:
+  """The arrays of a nested dict by path.
+
+  Args:
+    directory: of one item of a checkpoint.
+    expected: path to "shape" and "dtype", of every array, as the checkpoint's manifest has them.
+
+  Raises:
+    Corrupt: an array is missing, is another than expected, or cannot be read; now or when a piece
+      is asked for.
+  """
+  context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+  base = {"driver": "file", "path": f"{directory.absolute()}/"}
+
+  def opened(path: str, entry: dict[str, Any]) -> Pieces:
+    with reading(path):
+      store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+      array = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=context
+                      ).result()
+    shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+    if (list(shape), str(dtype)) != (entry["shape"], entry["dtype"]):
+      raise Corrupt(f"array '{path}' is {dtype}{list(shape)}")
+
+    def read(start: int, stop: int) -> np.ndarray:
+      with reading(path):
+        return (array[start:stop] if shape else array).read().result()
+
+    # A chunk is decoded whole, so pieces are whole chunks.
+    least = min(array.chunk_layout.read_chunk.shape[0], shape[0]) if shape else 1
+    return Pieces(shape, dtype, read, pieces.rows(shape, dtype, max(1, least)))
+
+  return {path: opened(path, entry) for path, entry in expected.items()}
