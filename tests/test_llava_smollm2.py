@@ -12,6 +12,7 @@ import vlm_jax
 from tests.convert import written
 from tests.convert.test_packages import vocabulary
 from tests.fusion import testing
+from vlm_jax import runs
 from vlm_jax.cli import config as recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.convert import gguf, gguf_llama, packages, table

@@ -10,6 +10,7 @@ from vlm_jax.cli import main as cli
 from vlm_jax.cli import plan
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.ops import attention
 from vlm_jax.train import state as states
 
 
@@ -97,6 +98,21 @@ def test_kernels_say_why_not(config):
     config.attention.implementation = "dense"
   assert plan.kernels(config)["text"]["implementation"] == "dense"
   config.attention.implementation = "auto"
+
+
+@pytest.mark.parametrize("recipe, classes", [("quickstart", True), ("llava_1_5", False)])
+def test_kernels_are_asked_for_what_the_model_needs(recipe, classes, monkeypatch):
+  """Classes where the layout writes them; the soft-cap of the language model, not of the tower."""
+  asked, choose = [], attention.choose
+  monkeypatch.setattr(attention, "choose", lambda request, name: (
+    asked.append(request), choose(request, name))[1])
+  config = recipes.load(f"configs/{recipe}.py:debug")
+  with config.unlocked():
+    config.llm.attention_soft_cap = 50.0
+  assert list(plan.kernels(config)) == ["text", "tower"]
+  text, tower = asked
+  assert (text.has_classes, text.soft_cap) == (classes, 50.0)
+  assert (tower.has_classes, tower.soft_cap) == (False, None)
 
 
 def test_without_data_it_says_how_to_get_it(capsys, tmp_path):

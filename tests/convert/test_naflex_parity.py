@@ -20,7 +20,7 @@ from PIL import Image as PIL
 
 from tests.convert.test_processor import FILES
 from tests.convert.test_two_towers_parity import Tensors, error, recipe, their_model
-from vlm_jax.convert import processor
+from vlm_jax.convert import processor, systems
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Document, Image, Text

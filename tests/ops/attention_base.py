@@ -49,6 +49,7 @@ if importlib.util.find_spec("tokamax"):  # optional, Python 3.12
   RUNNERS["tokamax"] = Runner(
     functools.partial(tokamax.attend, operator="xla"),
     lacks=frozenset({"bias", "k_bias", "lse", "classes", "k_index"}))
+FAST = {"xla_backend_optimization_level": 0}  # tiny rows: compiling is all the time there is
 HERE = ("xla", "dense")  # those that `attention` can choose on this platform
 
 POLICIES = ("causal", "prefix", "spans", "own_image", "window", "last_image_cross", "last_image",
@@ -119,12 +120,24 @@ def _last_image(rng, lo, hi, rows: int, length: int) -> tuple[IntervalMask, int]
   return IntervalMask(np.maximum(image, 0) * size, (image + 1) * size), size * count
 
 
-def inputs(rng, batch: int, length: int, keys: int, heads: int, groups: int, width: int) -> dict:
-  """q, k, v and the weights of out and lse in the sum whose gradient is taken; f32 noise."""
+def runners(*needed: str) -> list[str]:
+  """The names of those that decline nothing of what is needed."""
+  return [name for name, runner in RUNNERS.items() if not runner.lacks.intersection(needed)]
+
+
+def inputs(rng, batch: int, length: int, keys: int, heads: int, groups: int, width: int,
+           lacks: frozenset[str] = frozenset()) -> dict:
+  """q, k, v and the weights of out and lse in the sum whose gradient is taken; f32 noise.
+
+  For a runner that lacks the lse, its weights are 0.
+  """
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  return {"q": draw(batch, length, heads, width), "k": draw(batch, keys, groups, width),
-          "v": draw(batch, keys, groups, width), "bias": None, "k_bias": None,
-          "weigh_out": draw(batch, length, heads, width), "weigh_lse": draw(batch, length, heads)}
+  x = {"q": draw(batch, length, heads, width), "k": draw(batch, keys, groups, width),
+       "v": draw(batch, keys, groups, width), "bias": None, "k_bias": None,
+       "weigh_out": draw(batch, length, heads, width), "weigh_lse": draw(batch, length, heads)}
+  if "lse" in lacks:
+    x["weigh_lse"][:] = 0
+  return x
 
 
 def random_bias(rng, kind: str, batch: int, heads: int, length: int, keys: int):
@@ -138,12 +151,13 @@ def random_bias(rng, kind: str, batch: int, heads: int, length: int, keys: int):
   return rng.normal(size=(batch if kind == "rows" else 1, heads, length, keys)).astype(np.float32)
 
 
-def run(runner: Runner, x: dict, mask: IntervalMask, soft_cap=None, compiled: dict | None = None):
-  """out, lse and gradients {q, k, v, bias, k_bias} of the weighed sum; None for what is absent.
+@functools.cache
+def program(name: str, soft_cap: float | None, platform: str) -> Callable:
+  """The jitted pass of a runner both ways; shapes seen before are not compiled again.
 
-  A runner that lacks the lse weighs out alone, like an oracle whose `weigh_lse` is 0.
+  `platform` is what is pretended while tracing, and so part of what tells programs apart.
   """
-  moved = {name: x[name] for name in ("q", "k", "v", "bias", "k_bias")}
+  runner = RUNNERS[name]
 
   def both(moved, mask, weigh_out, weigh_lse):
     keys = moved["k"].shape[1]
@@ -160,9 +174,14 @@ def run(runner: Runner, x: dict, mask: IntervalMask, soft_cap=None, compiled: di
     grads, (out, lse) = jax.grad(total, has_aux=True, allow_int=True)(moved)
     return out, lse, grads
 
+  return jax.jit(both, compiler_options=FAST)
+
+
+def run(name: str, x: dict, mask: IntervalMask, soft_cap=None):
+  """out, lse and gradients {q, k, v, bias, k_bias} of the weighed sum; None for what is absent."""
+  moved = {part: x[part] for part in ("q", "k", "v", "bias", "k_bias")}
   moved, mask = jax.tree.map(jnp.asarray, (moved, mask))
-  compiled = {} if compiled is None else compiled
-  step = compiled.setdefault("step", jax.jit(both))
+  step = program(name, soft_cap, xla.platform())
   out, lse, grads = step(moved, mask, x["weigh_out"], x["weigh_lse"])
   if isinstance(x["bias"], DistanceBias):
     grads["bias"] = grads["bias"].table

@@ -158,12 +158,41 @@ def test_distances_have_the_buckets_of_t5():
     np.testing.assert_array_equal(bias.buckets(positions, positions)[0], want)
 
 
-def test_a_bias_outside_the_mask_is_not_read():
+@pytest.mark.parametrize("name", HERE)
+def test_a_bias_outside_the_mask_is_not_read(name):
   mask, x, plan = small()
+  seen = np.asarray(mask.dense(70))[:, None]
   inside = np.random.default_rng(1).normal(size=(2, 4, 70, 70)).astype(np.float32)
-  bias = np.where(np.asarray(mask.dense(70))[:, None], inside, 1e9).astype(np.float32)
-  for name in HERE:
-    call = lambda bias, name=name: attention(x["q"], x["k"], x["v"], mask, plan=plan, bias=bias,
-                                             implementation=name)
-    assert error(call(bias), call(inside)) < 2e-6
-    assert error(call(bias), call(inside[:, ::-1])) > 100 * 2e-6
+
+  @jax.jit
+  def both(bias, k):
+    run = lambda bias, k: attention(x["q"], k, x["v"], mask, plan=plan, bias=bias,
+                                    implementation=name)
+    out, pull = jax.vjp(run, bias, k)
+    return out, *pull(x["weigh_out"])
+
+  want = both(inside, x["k"])
+  for outside in (1e9, np.inf, np.nan):
+    got = both(np.where(seen, inside, outside).astype(np.float32), x["k"])
+    assert all(error(a, b) < 2e-6 for a, b in zip(got, want, strict=True)), outside
+  assert error(both(inside[:, ::-1], x["k"])[0], want[0]) > 100 * 2e-6
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_query_without_keys_has_no_influence_by_its_lse(name):
+  """Whatever comes back to a log-sum-exp of -inf; the twin lets it through where keys are seen."""
+  mask, x, plan = small()
+
+  @jax.jit
+  def grads(weigh_out, weigh_lse):
+    run = lambda q, k, v: attention(q, k, v, mask, plan=plan, return_lse=True, implementation=name)
+    (_, lse), pull = jax.vjp(run, x["q"], x["k"], x["v"])
+    return lse, pull((weigh_out, weigh_lse))
+
+  lse, want = grads(x["weigh_out"], x["weigh_lse"])
+  blind = np.isneginf(lse)
+  assert blind.any()
+  _, got = grads(x["weigh_out"], np.where(blind, np.nan, x["weigh_lse"]))
+  assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
+  _, got = grads(x["weigh_out"], np.where(blind, x["weigh_lse"], np.nan))
+  assert np.isnan(got[0]).any()

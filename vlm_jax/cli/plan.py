@@ -151,9 +151,10 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
   module, tower, llm = find_fusion(config), find_tower(config), config.llm
   capacity, head = module.axes(config), llm.head_dim or llm.width // llm.heads
+  fields = module.fields(config)
   shapes = {
     name: (capacity[queries], capacity[keys], llm.heads, llm.kv_heads, head)
-    for name, (queries, keys) in mask_axes(module.fields(config)).items()
+    for name, (queries, keys) in mask_axes(fields).items()
   }
   if hasattr(tower, "attention_shape"):
     length, *sizes = tower.attention_shape(config.tower)
@@ -165,10 +166,11 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
                                 width=width, dtype=dtype,
                                 blocks=(config.attention.block_q, config.attention.block_k))
     plan = jax.eval_shape(context, mask).plan
-    # The layout may also write classes, which every implementation takes.
     request = attention.Request(
       q_shape=(1, length, heads, width), k_shape=(1, keys, groups, width), plan=plan,
-      dtype=dtype, has_bias=name in getattr(module, "BIASED", ()))
+      dtype=dtype, has_bias=name in getattr(module, "BIASED", ()),
+      has_classes=f"masks/{name}/q_class" in fields,
+      soft_cap=None if name == "tower" else llm.attention_soft_cap or None)
     chosen, refused = attention.choose(request, config.attention.implementation)
     rows[name] = {"length": length, "keys": keys, "heads": heads, "groups": groups,
                   "head_dim": width, "implementation": chosen, "refused": refused,

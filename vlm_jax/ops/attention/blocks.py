@@ -16,9 +16,9 @@ def block_sizes(
 
   On a CPU, rows of a few thousand slots hold documents of a hundred: what small blocks do not
   compute is worth more than what large ones gain. From there on its cores should share each
-  product, which they do from about 512 x 256; queries of all heads of a group lie below each other.
-  On a mesh every device has a core of its own, and nothing to share. Accelerators want more work in
-  a step than 128 x 128.
+    product, which they do from about 512 x 256 and best at 512 x 320; queries of all heads of a group
+  lie below each other. On a mesh every device has a core of its own, and nothing to share.
+  Accelerators want more work in a step than 128 x 128.
 
   Args:
     length, keys: T and S.
@@ -36,6 +36,6 @@ def block_sizes(
   elif keys <= SHORT or mesh.size > 1:
     most, unit = (64, 128), 8
   else:
-    most, unit = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 256), 8
+    most, unit = (max(64, min(256, 512 // sharing)), 512 if sharing == 1 else 320), 8
   even = lambda size, most: min(most, -(-size // unit) * unit)
   return even(length, most[0]), even(keys, most[1])

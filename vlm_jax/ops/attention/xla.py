@@ -170,7 +170,8 @@ class _Walk:
     if self.k_bias is not None:
       more += pick(self.k_bias).astype(jnp.float32)
     if self.bias is not None:
-      more += at.read(self.bias).reshape(self.groups, -1, *more.shape)
+      bias = at.read(self.bias).reshape(self.groups, -1, *seen.shape)
+      more += jnp.where(seen, bias, 0.0)  # outside the mask it may be anything, nan too
     logits = logits.reshape(self.groups, -1, *seen.shape) + more
     return logits.reshape(self.groups, -1, self.block[1]), slope
 
@@ -221,6 +222,8 @@ def _attend_backward(scale, soft_cap, residuals, grads):
   """Gradients of out and lse to those of the inputs; every sum has a fixed order."""
   x, mask, plan, out, lse = residuals
   walk = _Walk(x, mask, plan, scale, soft_cap)
+  # A query without keys may come with an undefined gradient of its lse; it has no influence.
+  grads = grads[0], jnp.where(jnp.isneginf(lse), 0.0, grads[1])
   lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
   spread = lambda tile: tile.reshape(walk.heads, *walk.block)
 
