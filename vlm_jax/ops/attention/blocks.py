@@ -16,7 +16,7 @@ def block_sizes(
 
   On a CPU, rows of a few thousand slots hold documents of a hundred: what small blocks do not
   compute is worth more than what large ones gain. From there on its cores should share each
-    product, which they do from about 512 x 256 and best at 512 x 320; queries of all heads of a group
+  product, which they do from about 512 x 256 and best at 512 x 320; queries of all heads of a group
   lie below each other. On a mesh every device has a core of its own, and nothing to share.
   Accelerators want more work in a step than 128 x 128.
 
