@@ -12,6 +12,7 @@ from vlm_jax.core.errors import DataError, DiskError, UsageError
 from vlm_jax.data import pipeline, records
 from vlm_jax.evals import asking, run
 from vlm_jax.evals.kinds import vqa
+from vlm_jax.generate import answer
 from vlm_jax.generate.decode import Generated
 from vlm_jax.train import checkpoint
 
@@ -59,7 +60,7 @@ def test_another_image_gives_other_answers_and_no_image_is_no_image(setup):
 def test_what_is_said_is_scored(setup, monkeypatch):
   words = pipeline.load_tokenizer(setup[0])
 
-  def say(config, params, prompts, *, max_tokens, stop):
+  def say(config, params, prompts, *, max_tokens, **options):
     """Every odd turn of a row says "Yes.", the others say "no"."""
     shape = (*prompts.ends.shape, max_tokens)
     tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
@@ -68,7 +69,7 @@ def test_what_is_said_is_scored(setup, monkeypatch):
       tokens[:, turn, : len(said)], lengths[:, turn] = said, len(said)
     return Generated(tokens, lengths, lengths > 0, np.zeros(shape), np.int32(1))
 
-  monkeypatch.setattr(asking, "generate", say)
+  monkeypatch.setattr(answer, "generate", say)
   score, rows = ask(setup, max_tokens=8)
   assert {(row["key"].split("/")[-1], row["prediction"], row["score"]) for row in rows} == {
     ("1", "Yes.", 1.0), ("2", "no", 0.0), ("3", "Yes.", 1.0), ("4", "no", 0.0), ("5", "Yes.", 1.0)}

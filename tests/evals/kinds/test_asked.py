@@ -13,6 +13,7 @@ from vlm_jax.data import pipeline
 from vlm_jax.evals import asking
 from vlm_jax.evals.kinds import anls, caption, find_kind, measure, pope, relaxed, vqa
 from vlm_jax.evals.metrics import captions, ptb
+from vlm_jax.generate import answer
 from vlm_jax.generate.decode import Generated
 
 
@@ -56,7 +57,7 @@ def test_ten_answers_of_a_source_are_scored_officially(setup, tmp_path, monkeypa
   config.evals.look.update({"source": "vqa", "form": "fan_out", "controls": ()})
   words = pipeline.load_tokenizer(config)
 
-  def say(config, params, prompts, *, max_tokens, stop):
+  def say(config, params, prompts, *, max_tokens, **options):
     """The first question of a row is answered "2", the second "Red."."""
     shape = (*prompts.ends.shape, max_tokens)
     tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
@@ -65,7 +66,7 @@ def test_ten_answers_of_a_source_are_scored_officially(setup, tmp_path, monkeypa
       tokens[:, turn, : len(ids)], lengths[:, turn] = ids, len(ids)
     return Generated(tokens, lengths, lengths > 0, np.zeros(shape), np.int32(1))
 
-  monkeypatch.setattr(asking, "generate", say)
+  monkeypatch.setattr(answer, "generate", say)
   numbers, predictions = measure(vqa, config, setup[1], config.evals.look, "train")
   # "two" is 2, so every one of the ten finds three others; of red's three each finds two.
   assert [row["score"] for row in predictions[""]] == pytest.approx([1, (7 * 1 + 3 * 2 / 3) / 10])
