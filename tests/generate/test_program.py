@@ -1,5 +1,6 @@
 """`vlm-jax convert --to=jax`: programs that say the same in a process that has JAX alone."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,9 @@ def test_a_program_says_what_generate_says(name, made):
   outputs = np.load(folder / name / "outputs.npz")
   assert outputs["result"].tolist() == said["tokens"] and len(said["tokens"]) > 2
   prompt = encoded(config, folder)
-  whole = helpers.answered(prompt, [said["tokens"]])
+  ids = np.array(said["tokens"], np.int32)
+  told = Tokens(ids, np.ones(len(ids), bool), prompt.parts[-1].branch, prompt.parts[-1].turn)
+  whole = dataclasses.replace(prompt, parts=(*prompt.parts, told))
   ((logits, _),) = helpers.forward(config, params, [whole])
   count = len(outputs["logits"])
   expected = logits[len(logits) - len(said["tokens"]) - 1 :][:count]
