@@ -183,7 +183,7 @@ def test_dtype_only_when_asked(made, capsys):
 
 @pytest.mark.parametrize("flags,code,sentence", [
   (["--to=hf"], USAGE, "holds something already"),
-  (["--to=gguf", "--out=x"], USAGE, "--to is 'gguf'; known: hf, peft"),
+  (["--to=gguf", "--out=x"], USAGE, "--to is 'gguf'; known: hf, jax, peft"),
   (["--to=peft", "--out=x"], USAGE, "config.lora.rank is 0"),
   (["--to=hf", "--from=hf", "--out=x"], USAGE, "either --from"),
   (["--from=hf", "--out=x"], USAGE, "--from=hf needs --config"),

@@ -211,7 +211,7 @@ def test_a_margin_before_the_cut():
     images.square(pixels, 32, Decoding(fit="center_crop", shorter=20))
 
 
-@pytest.mark.parametrize("fit", images.FITS)
+@pytest.mark.parametrize("fit", sorted(set(images.FITS) - {"naflex"}))  # which decodes all
 def test_draft_never_goes_below_the_target(fit, monkeypatch):
   rows = np.sin(np.arange(480) / 17)[:, None, None] + np.cos(np.arange(640) / 23)[None, :, None]
   pixels = (50 * rows + 128 + [0, 9, -9]).astype(np.uint8)

@@ -1,5 +1,6 @@
 """`vlm-jax convert --to=jax`: programs that say the same in a process that has JAX alone."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,9 @@ def test_a_program_says_what_generate_says(name, made):
   outputs = np.load(folder / name / "outputs.npz")
   assert outputs["result"].tolist() == said["tokens"] and len(said["tokens"]) > 2
   prompt = encoded(config, folder)
-  whole = helpers.answered(prompt, [said["tokens"]])
+  ids = np.array(said["tokens"], np.int32)
+  told = Tokens(ids, np.ones(len(ids), bool), prompt.parts[-1].branch, prompt.parts[-1].turn)
+  whole = dataclasses.replace(prompt, parts=(*prompt.parts, told))
   ((logits, _),) = helpers.forward(config, params, [whole])
   count = len(outputs["logits"])
   expected = logits[len(logits) - len(said["tokens"]) - 1 :][:count]
@@ -145,17 +148,16 @@ def test_programs_are_for_every_platform(made):
 @pytest.mark.parametrize("name", ["concat", "prefix_lm", "simvlm", "llava_next"])
 @pytest.mark.parametrize("pictures", [0, 1, 2])
 def test_shorter_prompts_are_the_longest_cut(name, pictures, words):
-  config = helpers.tiny("prefix_lm" if name == "llava_next" else name)
-  config.fusion.name = name
-  config.llm.positions = 0
+  config = helpers.tiny("concat" if name == "llava_next" else name)
+  config.fusion.update(name=name, image_attention="causal")
   config.llm.vocab_size, config.data.tokenizer = 270, str(words)
   tokens = pipeline.load_tokenizer(config)
   decode_image = lambda _: helpers.picture(0)
   prompt = template.encode_prompt(ask(config, QUESTION, [Image(b"")] * pictures), tokens,
                                   decode_image)
-  form = program.form(config, prompt, 11)
+  form = program.form(config, prompt, 14)
   ids = np.concatenate([part.ids for part in prompt.parts if isinstance(part, Tokens)])
-  assert len(ids) < 11 and find_fusion(config).STREAM == form.stream
+  assert len(ids) < 14 and find_fusion(config).STREAM == form.stream
   one = dict(vars(form), growing=frozenset())
   with pytest.raises(UsageError, match="cannot derive"):
     program.check(config, prompt, program.Form(**one))

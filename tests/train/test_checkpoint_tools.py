@@ -193,9 +193,7 @@ def test_parameters_in_pieces_are_the_parameters(tmp_path, monkeypatch, size):
     back, _ = load_params(folder, abstract_of(state.params))
     assert same(back, state.params)
     assert tools.verify(folder, 1) is None
-    rng = np.random.default_rng(0)
-    file = data_files(folder / "1" / "params")[0]
-    for _ in range(20):
-      flip(file, rng)
+    for file in data_files(folder / "1" / "params"):
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DataError, match="is damaged"):
       tools.open_sound(folder, 1)
