@@ -86,6 +86,13 @@ def tiny(words, folder, **fields):
   return config
 
 
+@pytest.mark.parametrize("words", ["debug", "connector,debug", "lora,debug"])
+def test_the_debug_recipe_is_a_model(words):
+  config = recipes.load(f"{RECIPE}:{words}")
+  assert len(find_fusion(config).rows(config)) == 1
+  assert not config.weights and not config.llm.init and not config.tower.init
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """Both stages, from files of the published kinds, and the parameters in those files."""

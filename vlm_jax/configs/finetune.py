@@ -9,7 +9,7 @@ and its perplexity is measured at the end. Arguments, joined by commas:
   init=PATH    what to start from
   data=FILE    your conversations; the format is told by the file (see `vlm-jax data check`)
   images=DIR   the folder that they name pictures in (default: the file's own)
-  lora         adapters of rank 16 at every linear layer of the language model learn, nothing else
+  lora         adapters of rank 16 at every linear layer of the language model, and the connector
   debug        four steps of two rows, to see that everything is there
 
 The steps are one pass over the records at a document a row; a row has room for two pictures of the
@@ -55,8 +55,10 @@ def get_config(arg: str = "") -> ConfigDict:
                      "pictures with texts and says nothing; give a LLaVA, LLaVA-NeXT or PaliGemma, "
                      "or a run that speaks")
   config.fusion.init = given["init"]
+  # A LLaVA's tower stays as it was, LLaVA-NeXT's and PaliGemma's do not, and none beside adapters.
+  still = "lora" in given or config.fusion.name == "concat"
   stages = [stage.name for stage in module.STAGES]
-  config.fusion.stage = "finetune" if "finetune" in stages else "all"
+  config.fusion.stage = "finetune" if still and "finetune" in stages else "all"
 
   config.data.sources[SOURCE] = base.source(
     name=check.guess(given["data"]), path=given["data"], image_root=given.get("images", ""),

@@ -54,13 +54,13 @@ def get_config(arg: str = "") -> ConfigDict:
     name="openmoji", form="caption", ratio=4, augment=("flip", "translate"))
 
   config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
-  config.train.update(steps=40, log_every=10, checkpoint_every=1000, keep=1)
+  config.train.update(steps=50, log_every=10, checkpoint_every=1000, keep=1)
   config.fusion.stage = "projector"
   if stage == "lora":
     config.fusion.stage = "finetune"
     config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
-    config.optim.groups = (("llm", 0.3),)  # at the connector's rate adapters lose what is there
-    config.train.steps = 200
+    config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
+    config.train.steps = 330
     config.evals.easy_vqa = base.evaluation(
       kind="vqa", source="easy_vqa", split="test", controls=("none",))
     config.evals.openmoji = base.evaluation(
@@ -72,7 +72,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
   """The recipe at the size of a test: the same parts, narrow and few, and no published weights."""
   config.weights = ConfigDict()
   config.data.tokenizer = config.tower.init = config.llm.init = ""
-  config.tower.image_size = 64
+  config.tower.image_size, config.connector.factor = 64, 2
   config.llm.update(vocab_size=1024, width=64, depth=2, mlp=128, heads=4, kv_heads=2)
   config.train.update(steps=6, log_every=2, checkpoint_every=3)
   for entry in config.evals.values():

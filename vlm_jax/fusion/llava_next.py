@@ -68,6 +68,7 @@ __all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "o
 STAGES = (
   Stage("all", (".*",)),  # its second stage: the tower trains too, at a rate of its own
   Stage("projector", ("connector/.*", "newline")),
+  Stage("finetune", ("connector/.*", "newline", "llm/.*")),  # the tower stays as it is
 )
 
 

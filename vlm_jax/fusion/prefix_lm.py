@@ -57,7 +57,10 @@ from vlm_jax.fusion.concat import (
 __all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order", "rows",
            "weights"]
 
-STAGES = (Stage("all", (".*",)),)  # trained from scratch, in one stage
+STAGES = (
+  Stage("all", (".*",)),  # from scratch, and PaliGemma, in every stage
+  Stage("finetune", ("connector/.*", "llm/.*")),  # the tower stays as it is
+)
 
 
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
