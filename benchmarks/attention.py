@@ -31,6 +31,7 @@ The last line is JSON:
   errors                             largest relative difference from ours, every side
   growth                             seconds and temporary bytes at each S
   masks                              for each mask: seconds, best, matmul, others, contended
+  implementation                     of ours, every mask: on a GPU it may be one of the other sides
   contended, machine                 see protocol.py; a ratio of a contended measurement is null
 """
 
@@ -44,7 +45,7 @@ import numpy as np
 import protocol
 
 from vlm_jax.core.mask import IntervalMask
-from vlm_jax.ops.attention import attention, block_sizes, make_plan, platform
+from vlm_jax.ops.attention import Request, attention, block_sizes, choose, make_plan, platform
 
 HEADS, GROUPS, WIDTH = 8, 2, 64
 IMAGE, LAYERS = 196, 24
@@ -126,6 +127,15 @@ def ours(work: Work) -> dict[str, peers.Step]:
                          mask, made)
 
 
+def chosen(work: Work) -> str:
+  """The implementation that `ours` runs."""
+  length, heads, groups, width = work.shape
+  mask, plan = planned(work)
+  return choose(Request((1, length, heads, width), (1, length, groups, width), work.dtype,
+                        jax.eval_shape(plan, mask),
+                        has_classes=work.mask.q_class is not None))[0]
+
+
 def compare(name: str, length: int, where: str) -> dict:
   """Times one mask on every side; see the module for what it returns."""
   work = make_work(name, length, where)
@@ -149,6 +159,7 @@ def compare(name: str, length: int, where: str) -> dict:
   visible = float(work.dense().mean())
   flops = visible * length**2 * HEADS * WIDTH
   return {"visible": visible, "errors": errors, "timings": timings,
+          "implementation": chosen(work),
           "tflops": {f"{side} {way}": {"fwd": 4, "fwd_bwd": 14}[way] * flops / best / 1e12
                      for way, timing in timings.items() for side, best in timing["best"].items()}}
 
@@ -236,6 +247,7 @@ def main() -> None:
              "tflops": {name: row["tflops"] for name, row in found.items()},
              "errors": {name: row["errors"] for name, row in found.items()},
              "masks": {name: row["timings"] for name, row in found.items()},
+             "implementation": {name: row["implementation"] for name, row in found.items()},
              "growth": growth, "layers": layers, "device": jax.devices()[0].device_kind,
              "contended": any(timing["contended"] for timing in (*timings, growth, layers))}
   protocol.report(
