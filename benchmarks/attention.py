@@ -37,6 +37,7 @@ The last line is JSON:
   timings                            for each mask: seconds, best, matmul, others, contended
   growth, layers, vocabulary         the same of these parts; growth has the bytes at each S
   device, devices                    kind and number of our devices
+  implementation                     of ours, every mask: on a GPU it may be one of the other sides
   contended, machine                 see protocol.py; a ratio of a contended measurement is null
 """
 
@@ -57,7 +58,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import AXES, spec
-from vlm_jax.ops.attention import attention, block_sizes, make_plan, platform
+from vlm_jax.ops.attention import Request, attention, block_sizes, choose, make_plan, platform
 
 HEADS, GROUPS, WIDTH = 8, 2, 64
 MASKS = ("packed", "long", "causal")
@@ -145,6 +146,15 @@ def ours(work: Work) -> dict[str, peers.Step]:
                          mask, made)
 
 
+def chosen(work: Work) -> str:
+  """The implementation that `ours` runs."""
+  length, heads, groups, width = work.shape
+  mask, plan = planned(work)
+  return choose(Request((1, length, heads, width), (1, length, groups, width), work.dtype,
+                        jax.eval_shape(plan, mask),
+                        has_classes=work.mask.q_class is not None))[0]
+
+
 def compare(name: str, length: int, mesh: Mesh) -> dict:
   """Times one mask on every side; see the module for what it returns."""
   work = make_work(name, length, mesh)
@@ -171,6 +181,7 @@ def compare(name: str, length: int, mesh: Mesh) -> dict:
   visible = float(work.dense().mean())
   flops = visible * length**2 * HEADS * WIDTH
   return {"visible": visible, "errors": errors, "timings": timings,
+          "implementation": chosen(work),
           "tflops": {f"{side} {way}": {"fwd": 4, "fwd_bwd": 14}[way] * flops / best / 1e12
                      for way, timing in timings.items() for side, best in timing["best"].items()}}
 
@@ -274,7 +285,7 @@ def main() -> None:
   keys = ("slope_time", "slope_memory", "plan_share_24_layers", "xent_memory", "xent_speed")
   result = ratios(masks) | {key: row[key] for key in keys for row in rest.values() if key in row}
   result |= {key: {name: row[key] for name, row in masks.items()}
-             for key in ("visible", "tflops", "errors", "timings")}
+             for key in ("visible", "tflops", "errors", "timings", "implementation")}
   result |= rest | {"device": jax.devices()[0].device_kind, "devices": count,
                     "contended": any(timing["contended"] for timing in timings)}
   protocol.report(
