@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngImageFile
 from tests.data.broken_source import BAD, png
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
-from vlm_jax.data import images
+from vlm_jax.data import augment, images
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.images import Decoding
 
@@ -233,8 +233,8 @@ def test_draft_never_goes_below_the_target(fit, monkeypatch):
 
 def test_augmentations():
   image = images.decode(png())
-  draws = lambda name: [images.augment(image, [name], np.random.default_rng(i)) for i in range(20)]
-  for name in images.AUGMENTATIONS:
+  draws = lambda name: [augment.apply(image, [name], np.random.default_rng(i)) for i in range(20)]
+  for name in augment.AUGMENTATIONS:
     made = draws(name)
     assert all(one.shape == image.shape and one.flags.c_contiguous for one in made)
     assert all((one == other).all() for one, other in zip(made, draws(name), strict=True))
@@ -243,5 +243,5 @@ def test_augmentations():
   assert flipped == {True, False}
   edge = np.zeros((16, 16, 3), np.uint8)
   edge[:, 0] = 9  # the edge is repeated where the shift leaves a gap
-  shifted = [images.translate(edge, np.random.default_rng(i)) for i in range(20)]
+  shifted = [augment.translate(edge, np.random.default_rng(i)) for i in range(20)]
   assert {int((one[0, :, 0] == 9).sum()) for one in shifted} == {0, 1, 2}

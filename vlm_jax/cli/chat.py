@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 from vlm_jax.cli import config as recipes
-from vlm_jax.core.document import Document, Text
 from vlm_jax.core.errors import UsageError, UserError, nearest
 
 SUMMARY = "a conversation about pictures"
@@ -130,7 +129,7 @@ class Chat:
     self._make_room(alone.parts[:-1])
     document = alone
     if self.turns:
-      document = Document((*self._history(), *_trunk(alone.parts)), "", "chat")
+      document = self._behind(_trunk(alone.parts))
     pieces: list[str] = []
 
     def write(piece: str) -> None:
@@ -148,10 +147,13 @@ class Chat:
     if said := "".join(pieces).strip():
       self.turns.append((_trunk(alone.parts[:-1]), said))
 
-  def _history(self) -> tuple:
-    """What was said, laid out as training lays out a conversation."""
-    return tuple(part for question, answer in self.turns
-                 for part in (*question, Text(answer, "assistant", loss=True)))
+  def _behind(self, parts: tuple) -> Any:
+    """The document of what was said, laid out as training does it, and of `parts` behind that."""
+    from vlm_jax.core.document import Document, Text
+
+    said = (part for question, answer in self.turns
+            for part in (*question, Text(answer, "assistant", loss=True)))
+    return Document((*said, *parts), "", "chat")
 
   def _make_room(self, question: tuple) -> None:
     """Forgets the oldest turns, and says so, until the rest, the question and an answer fit.
@@ -163,7 +165,7 @@ class Chat:
     room = min(config.data.tokens, config.llm.positions or config.data.tokens)
     kept = list(self.turns)
     while True:
-      document = Document((*self._history(), *_trunk(question)), "", "chat")
+      document = self._behind(_trunk(question))
       needed = self._bundle.slots(document) + self._max_tokens
       if needed <= room:
         break

@@ -19,7 +19,7 @@ from vlm_jax.core.document import Document, Encoded, Image, Pixels
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.layout import Layout, split
-from vlm_jax.data import files, images, records, template, tokenizer
+from vlm_jax.data import augment, files, images, records, template, tokenizer
 from vlm_jax.data.bad import Bad, BadExample
 from vlm_jax.data.sources import (
   Format,
@@ -193,10 +193,11 @@ class Draw:
     """Opens what one source of `config.data.sources` needs; raises as `Records` does."""
     self._config, self._name = config, name
     entry = config.data.sources[name]
-    images.check_augmentations(entry.augment, f"config.data.sources.{name}.augment")
+    augment.check(entry.augment, f"config.data.sources.{name}.augment")
     if (config.data.decode.grids or config.data.decode.fit == "naflex") and entry.augment:
-      raise UsageError(f"config.data.sources.{name}.augment changes a square, but not the tiles of "
-                       "config.data.decode.grids nor the patches of fit 'naflex'; leave it empty")
+      raise UsageError(f"config.data.sources.{name}.augment changes a picture but neither the "
+                       "tiles of config.data.decode.grids nor the patches of fit 'naflex'; leave "
+                       "it empty")
     self.records = Records(config, name, entry.split, entry.form, entry.images)
     self._augment = tuple(entry.augment)
     self._tokenizer = load_tokenizer(config)
@@ -221,7 +222,7 @@ class Draw:
   def _pieces(self, document: Document, rng: np.random.Generator) -> list[Encoded]:
     def decode(image: Image) -> Pixels:
       pixels = self._decode(image)
-      values = images.augment(pixels.values, self._augment, rng)
+      values = augment.apply(pixels.values, self._augment, rng)
       return dataclasses.replace(pixels, values=values)
 
     encoded = template.encode(document, self._tokenizer, decode)
