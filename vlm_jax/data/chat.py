@@ -115,8 +115,8 @@ class Template:
       prompt: opens the assistant's turn at the end.
 
     Raises:
-      BadExample: "unknown_role", when the template refuses it, or changes more than the blanks around a
-        text.
+      BadExample: "unknown_role", when the template refuses it, or changes more than the blanks
+        around a text.
     """
     hidden = [(role, [part if part is None else part.translate(HIDE) for part in parts])
               for role, parts in messages]
@@ -139,7 +139,7 @@ class Template:
       spans.append((at, at + len(said)))
       at += len(said) + len(behind)
     if at != len(text):
-      raise BadExample("unknown_role", "the chat template writes more for some texts than for others")
+      raise BadExample("unknown_role", "the chat template says more of some texts than of others")
     closes = [found.end() if (found := self._closing.match(text, end)) else end
               for _, end in spans]
     block = re.search(r"\{%[-+]?\s*generation\b", self.source)
