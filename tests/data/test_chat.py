@@ -254,6 +254,6 @@ def test_a_template_of_ones_own(tmp_path, made):
   with pytest.raises(UsageError, match="own.j2 cannot be read"):
     tokenizer.load(tmp_path / "tokenizer.json", str(tmp_path / "own.j2"))
   _, gemma = made["gemma"]
-  with pytest.raises(BadExample, match="template: the chat template refuses it: System role"):
+  with pytest.raises(BadExample, match="unknown_role: the chat template refuses it: System"):
     template.encode(Document((Text("x", "system"), Text("is", "user"), Text(
       "it", "assistant", True)), "s", "k"), gemma, None)

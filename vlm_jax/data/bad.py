@@ -12,7 +12,6 @@ REASONS = {
   "missing_file": "there is no such file",
   "empty_text": "a text has no characters besides white space",
   "unknown_role": "a text has a role that the template does not know",
-  "template": "the chat template cannot write the conversation",
   "zero_loss": "no token of the document would be predicted",
   "does_not_fit": "an image and its turn are longer than one row",
   "wrong_record": "the record is not what its format says",

@@ -115,8 +115,8 @@ class Template:
       prompt: opens the assistant's turn at the end.
 
     Raises:
-      BadExample: "template", when the template refuses it, or changes more than the blanks around a
-        text.
+      BadExample: "unknown_role", when the template refuses it, or changes more than the blanks
+        around a text.
     """
     hidden = [(role, [part if part is None else part.translate(HIDE) for part in parts])
               for role, parts in messages]
@@ -126,7 +126,7 @@ class Template:
              for role, parts in hidden]
     pieces = NAME.split(self._render(named, prompt).translate(str.maketrans("", "", BEGIN + END)))
     if pieces[1::2] != [str(number) for number in range(len(texts))]:
-      raise BadExample("template", f"the chat template writes the turns {pieces[1::2]} of "
+      raise BadExample("unknown_role", f"the chat template writes the turns {pieces[1::2]} of "
                        f"{len(texts)}; choose one that writes each once and in order")
     text, generated = _generated(self._render(hidden, prompt))
     spans, at = [], _after(text, 0, pieces[0])
@@ -135,11 +135,11 @@ class Template:
         if text.startswith(said + behind, at):
           break
       else:
-        raise BadExample("template", "the chat template changes what a turn says")
+        raise BadExample("unknown_role", "the chat template changes what a turn says")
       spans.append((at, at + len(said)))
       at += len(said) + len(behind)
     if at != len(text):
-      raise BadExample("template", "the chat template writes more for some texts than for others")
+      raise BadExample("unknown_role", "the chat template says more of some texts than of others")
     closes = [found.end() if (found := self._closing.match(text, end)) else end
               for _, end in spans]
     block = re.search(r"\{%[-+]?\s*generation\b", self.source)
@@ -183,7 +183,7 @@ def is_template(text: str) -> bool:
 
 
 def _refuse(message: str) -> None:
-  raise BadExample("template", f"the chat template refuses it: {message}")
+  raise BadExample("unknown_role", f"the chat template refuses it: {message}")
 
 
 def _after(text: str, at: int, expected: str) -> int:

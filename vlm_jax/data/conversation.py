@@ -55,7 +55,7 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage, 
     prompt: of the last part of the document, or of every branch, only the opening of its turn.
 
   Raises:
-    BadExample: "unknown_role", "empty_text", "template", "image_count", or what `decode_image`
+    BadExample: "unknown_role", "empty_text", "image_count", or what `decode_image`
       raises.
     UsageError: the template writes a picture behind the question of a branch.
   """
