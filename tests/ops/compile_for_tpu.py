@@ -19,6 +19,7 @@ from pathlib import Path
 # Before JAX is imported: look for no TPU, and say what the compiler made of each kernel.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compiling keeps no chip from other processes
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 if __name__ == "__main__":
