@@ -151,8 +151,7 @@ print("the same tokens:", theirs == list(said.tokens))
 #
 # `--to=jax` writes programs, parameters and a README.md with the lines that run them. Here they
 # run in a process of their own, which imports nothing of this project; only picture and words are
-# put in. The picture comes first there: behind a chat template with words before it, as that of
-# LLaVA-1.5, a program may say something else.
+# put in.
 
 # %%
 import re

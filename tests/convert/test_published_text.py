@@ -22,7 +22,6 @@ from vlm_jax.core.errors import USAGE
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
 from vlm_jax.evals import embed
-from vlm_jax.generate.answer import answer
 
 LENGTH, PATCH, SIDE = 16, 5, 15
 SIZES = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3)
@@ -160,8 +159,7 @@ def test_a_conversation_has_their_input_ids(imported):
 def test_it_answers_as_theirs(imported):
   folder, model = imported
   bundle = vlm_jax.load(str(folder / "run"))
-  config, params = bundle.config, bundle.params
-  mine = answer(config, params, "what is it?", [folder / "a.png"], max_tokens=8)
+  mine = bundle.answer("what is it?", [folder / "a.png"], max_tokens=8)
   processor = transformers.AutoProcessor.from_pretrained(folder / "theirs")
   turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
   inputs = processor(images=PIL.open(folder / "a.png"), return_tensors="pt",
@@ -169,9 +167,9 @@ def test_it_answers_as_theirs(imported):
   with torch.no_grad():
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False,
                          eos_token_id=processor.tokenizer.eos_token_id)[0]
-  assert inputs["input_ids"].shape[1] == mine["prompt_tokens"]
+  assert inputs["input_ids"].shape[1] == mine.prompt_tokens
   theirs = out[inputs["input_ids"].shape[1]:].tolist()
-  assert theirs[: len(mine["tokens"])] == mine["tokens"] and len(set(theirs)) > 2
+  assert theirs[: len(mine.tokens)] == list(mine.tokens) and len(set(theirs)) > 2
 
 
 def test_its_files_are_written_again(imported):

@@ -3,9 +3,10 @@
 What speaks becomes `prefill`, which reads pictures and a prompt, and `step`, which reads one more
 token; what embeds becomes `embed_image` and `embed_text`. They are lowered for CPU, TPU and CUDA,
 by an attention that runs on all three. A program that speaks has one row and fixed numbers of
-pictures, prompt tokens and new tokens; a shorter prompt is padded behind its end. The layout of a
-strategy is numpy and stays here: the program holds that of the longest prompt and derives those of
-shorter ones from it, which is compared with the strategy's own before anything is written.
+pictures, prompt tokens behind them and new tokens; a shorter prompt is padded behind its end. What
+a template writes before the pictures is a constant of the program. The layout of a strategy is numpy
+and stays here: the program holds that of the longest prompt and derives those of shorter ones from
+it, which is compared with the strategy's own before anything is written.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ PIXELS = "pixels = np.zeros({shape}, np.uint8)  # your picture\n"
 SPEAKS = """# '{fusion}' as programs of JAX
 
 They need jax, flatbuffers, numpy and safetensors, and run on {platforms}. One row: {pictures}
-picture(s), then a prompt of at most {prompt} tokens; at most {new} new ones. {how}
+picture(s), then a prompt of at most {prompt} tokens; at most {new} new ones. {head}{how}
 
 The prompt "x" is {before} + the ids of "x" by tokenizer.json (no special tokens) + {after}.
 
@@ -62,7 +63,7 @@ with safe_open("params.safetensors", "np") as file:
 tokens = np.zeros((1, {prompt}), np.int32)
 tokens[0, : len(prompt)] = prompt
 logits, state = prefill(params, {pixels}tokens, np.array([len(prompt)], np.int32))
-while len(said) < {new} and (token := int(logits.argmax())) != {eos}:
+while len(said) < {new} and (token := int(logits.argmax())) not in {stops}:
   said.append(token)
   if len(said) < {new}:
     logits, state = step(params, np.array([token], np.int32), state)
@@ -112,7 +113,7 @@ class Form:
 
 
 def form(config: ConfigDict, encoded: Encoded, length: int) -> Form:
-  """That of prompts like `encoded` with at most `length` tokens behind its pictures.
+  """That of prompts that begin like `encoded`, with at most `length` tokens behind its pictures.
 
   Raises:
     UsageError: the strategy lays shorter prompts out in a way that cannot be derived.
@@ -152,12 +153,18 @@ def check(config: ConfigDict, encoded: Encoded, made: Form) -> None:
                        f"{length} tokens out in ways that --to=jax cannot derive from each other")
 
 
+def split(encoded: Encoded) -> tuple[tuple, tuple[Tokens, ...]]:
+  """The parts up to the last picture, and the tokens behind it."""
+  at = max((number for number, part in enumerate(encoded.parts, 1)
+            if not isinstance(part, Tokens)), default=0)
+  return encoded.parts[:at], encoded.parts[at:]
+
+
 def _prompts(config: ConfigDict, encoded: Encoded, ids: np.ndarray) -> Prompts:
-  """One row: the pictures of `encoded`, then these tokens."""
-  words = [part for part in encoded.parts if isinstance(part, Tokens)]
-  pictures = tuple(part for part in encoded.parts if not isinstance(part, Tokens))
+  """One row: `encoded` up to its last picture, then these tokens."""
+  head, words = split(encoded)
   text = Tokens(ids, np.zeros(len(ids), bool), words[0].branch, words[0].turn)
-  found = layouts([dataclasses.replace(encoded, parts=(*pictures, text))], config)
+  found = layouts([dataclasses.replace(encoded, parts=(*head, text))], config)
   prompts = stack(found, config, rows=1, bucket=1)
   unread = ("targets", "loss_weights")
   flat = {path: array for path, array in prompts.flat.items() if not set(unread) & set(
@@ -272,7 +279,7 @@ def write(
     params: its parameters, arrays or `Pieces`.
     tokenizer: the run's.
     pictures: in a prompt, before its words.
-    prompt_tokens: of the longest prompt, marks included and pictures not.
+    prompt_tokens: of the longest prompt behind its pictures, marks included.
     new_tokens: of the longest answer.
     dtype: of the parameters in the file; None: theirs.
 
@@ -329,15 +336,18 @@ def _speaking_programs(config: ConfigDict, given: dict[str, Any], tokenizer: Tok
   _, state = jax.eval_shape(prefill, *arguments)
   programs = {"prefill": _lower(prefill, *arguments),
               "step": _lower(step, given, number(1), state)}
-  ids = np.concatenate([part.ids for part in encoded.parts if isinstance(part, Tokens)]).tolist()
+  before, tokens = split(encoded)
+  head = "What stands before pictures is inside. " if any(
+    isinstance(part, Tokens) for part in before) else ""
+  ids = np.concatenate([part.ids for part in tokens]).tolist()
   words = tokenizer.encode(WORDS)
   start = next(start for start in range(len(ids)) if ids[start : start + len(words)] == words)
   rest, load = ("pixels, ", PIXELS.format(shape=[1, squares, side, side, 3])) if squares else (
     "", "")
   return programs, SPEAKS.format(
     fusion=config.fusion.name, pictures=pictures, prompt=prompt_tokens, new=new_tokens,
-    before=ids[:start], after=ids[start + len(words) :], eos=tokenizer.eos, pixels=rest, load=load,
-    how=_how(config) if squares else "", platforms=", ".join(PLATFORMS))
+    before=ids[:start], after=ids[start + len(words) :], stops=tokenizer.stops, pixels=rest,
+    load=load, head=head, how=_how(config) if squares else "", platforms=", ".join(PLATFORMS))
 
 
 def _embedding_programs(config: ConfigDict, given: dict[str, Any], tokenizer: Tokenizer
