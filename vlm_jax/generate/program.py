@@ -4,9 +4,9 @@ What speaks becomes `prefill`, which reads pictures and a prompt, and `step`, wh
 token; what embeds becomes `embed_image` and `embed_text`. They are lowered for CPU, TPU and CUDA,
 by an attention that runs on all three. A program that speaks has one row and fixed numbers of
 pictures, prompt tokens behind them and new tokens; a shorter prompt is padded behind its end. What
-a template writes before the pictures is a constant of the program. The layout of a strategy is numpy
-and stays here: the program holds that of the longest prompt and derives those of shorter ones from
-it, which is compared with the strategy's own before anything is written.
+a template writes before the pictures is a constant of the program. The layout of a strategy is
+numpy and stays here: the program holds that of the longest prompt and derives those of shorter ones
+from it, which is compared with the strategy's own before anything is written.
 """
 
 import dataclasses
