@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--platform cpu|gpu|tpu] [--small] [--devices N] [PART ...]
 
-Parts are packed, long, causal, growth, layers and (on a CPU) vocabulary; all of them take about
-twenty minutes on two cores, most of it for the vocabulary. What is measured is shown at once.
+Parts are packed, long, causal, growth, layers and (on a CPU) vocabulary; all of them take a
+quarter of an hour on two cores, most of it for the vocabulary. What is measured is shown at once.
 
 One row of S slots, H=8 query heads in G=2 groups of C=64; f32 on a CPU, bf16 elsewhere. Documents
 are text (20 to 150 tokens) and images (196 slots) in turn and end in text; seed 0. Our heads lie on

@@ -7,8 +7,8 @@ respect to hidden and head. Sides:
   logsumexp      logsumexp of all logits [B,T,V], targets picked by comparing: nothing is scattered
 
 Both must agree with jax.nn.log_softmax of the logits to 1e-5 of the largest value (loss and
-gradients) before anything is timed; that one is the slower of the two on logits (1.14 times, at
-`--small`, a 64th of the work) and is not timed: a call takes twenty seconds on two cores.
+gradients) before anything is timed. That one is the oracle and is not timed: it makes the same
+logits, and log-probabilities besides. `--small` runs a 64th of the work.
 
 The last line is JSON:
   xent_memory   temporary bytes of our compiled program / of the other side's

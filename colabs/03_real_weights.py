@@ -34,7 +34,7 @@ WORKDIR = "runs/tuned"  # @param {type:"string"}
 import jax
 
 device = jax.devices()[0]
-minutes = "2 on two cores" if device.platform == "cpu" and not CHECKPOINT else "unknown"
+minutes = "a few on two cores" if device.platform == "cpu" and not CHECKPOINT else "unknown"
 print(f"{device.device_kind} ({device.platform}), expected minutes: {minutes}")
 
 # %% [markdown]

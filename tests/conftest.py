@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import pytest
 
 from tests import torchvision_cpu
@@ -16,6 +17,14 @@ from tests import torchvision_cpu
 torchvision_cpu.install()
 
 ALLOWED = Path(__file__).parent / "allowed_skips.txt"
+
+
+@pytest.fixture(scope="module")
+def quick():
+  """Tiny models: compiling is all the time there is."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_addoption(parser):

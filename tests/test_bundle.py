@@ -28,6 +28,8 @@ TOLERANCE = 2e-5  # of logits and log-probabilities, whose measured errors are b
 RECIPE = """from tests.generate.helpers import tiny
 from vlm_jax.configs import base
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 def get_config(arg=""):
   config = tiny()
   config.llm.vocab_size = 270
@@ -37,14 +39,6 @@ def get_config(arg=""):
   config.fusion.init = arg
   return config
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -61,16 +60,14 @@ def write_llava(folder):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(quick, tmp_path_factory):
   """A folder with a published checkpoint and somebody's conversations, where one stands."""
   folder, before = tmp_path_factory.mktemp("finetune"), os.getcwd()
   os.chdir(folder)
-  jax.config.update("jax_disable_most_optimizations", True)
   write_llava(folder / "llava-1.5")
   toy.write(".")
   yield folder
   os.chdir(before)
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_readme_is_true(place, capsys, monkeypatch):

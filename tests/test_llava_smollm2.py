@@ -12,9 +12,9 @@ import vlm_jax
 from tests.convert import written
 from tests.convert.test_packages import vocabulary
 from tests.fusion import testing
-from vlm_jax import runs
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes, runs
 from vlm_jax.cli import main as cli
+from vlm_jax.cli.config import override
 from vlm_jax.convert import gguf, gguf_llama, packages, table
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.batch import from_flat
@@ -27,20 +27,14 @@ from vlm_jax.train import checkpoint_tools
 from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RECIPE = "configs/llava_smollm2.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_whole_recipe_is_the_published_pieces():
   config = recipes.load(RECIPE)
-  recipes.override(config, [("data.root", "elsewhere")])
+  override(config, [("data.root", "elsewhere")])
   assert config.llm.init.startswith("elsewhere/weights/")
   files = {f"elsewhere/weights/{entry.file.split('/')[-1]}" for entry in config.weights.values()}
   assert files == {config.llm.init, config.tower.init}

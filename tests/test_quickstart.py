@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from vlm_jax import quickstart
-from vlm_jax.cli import config as recipes
+from vlm_jax import quickstart, recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import quickstart as command
 from vlm_jax.configs import quickstart as recipe

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
 from vlm_jax.configs import base
 from vlm_jax.convert import llava, processor, systems
 from vlm_jax.core.errors import UsageError

@@ -3,7 +3,6 @@
 import io
 import sys
 
-import jax
 import pytest
 
 import vlm_jax
@@ -19,7 +18,7 @@ TOKENS = 4
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(quick, tmp_path_factory):
   folder = tmp_path_factory.mktemp("chat")
   words = tokenizer.train(["what is it? a picture of a thing, and of no other thing"] * 3, 270)
   words.save(str(folder / "tokenizer.json"))
@@ -29,9 +28,7 @@ def bundle(tmp_path_factory):
   config = tiny(form="single")
   config.llm.vocab_size = 270
   config.data.tokenizer = str(folder / "tokenizer.json")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield vlm_jax.Bundle(config, noise(config), 7)
-  jax.config.update("jax_disable_most_optimizations", False)
+  return vlm_jax.Bundle(config, noise(config), 7)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
+from vlm_jax.cli.config import override
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
 
@@ -60,7 +61,7 @@ def test_a_broken_recipe_is_one_sentence(tmp_path, body, sentence):
 def changed(*overrides):
   config = base.get_config()
   config.data.sources.docs = base.source(name="pydoc")
-  recipes.override(config, list(overrides))
+  override(config, list(overrides))
   return config
 
 

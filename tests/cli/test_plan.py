@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import plan
 from vlm_jax.core.errors import UsageError

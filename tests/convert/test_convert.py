@@ -5,7 +5,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,6 +28,8 @@ from vlm_jax.train import initial
 from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 transformers.utils.logging.disable_progress_bar()
 PROMPT, EOS = "what is this?", 2
 RECIPE = """from tests.convert import tiny_llava
@@ -36,14 +37,6 @@ RECIPE = """from tests.convert import tiny_llava
 def get_config(arg=""):
   return tiny_llava.get_config()
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

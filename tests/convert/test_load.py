@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -15,16 +14,10 @@ from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TOLERANCE = 2e-4
 LOGITS = 2e-5  # of logits and embeddings, whose measured errors are below 2e-6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

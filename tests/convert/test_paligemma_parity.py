@@ -23,7 +23,7 @@ import torch
 import transformers
 from ml_collections import FrozenConfigDict
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
 from vlm_jax.configs import base
 from vlm_jax.convert import paligemma, safetensors_io, systems, table
 from vlm_jax.core.batch import from_flat

@@ -55,6 +55,14 @@ def their_logits(model, config):
   return out.logits[0].numpy()
 
 
+def draw(model):
+  """Noise for the adapters, whose B are zeros in PEFT."""
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if "lora_" in name:
+        weight.normal_(0, 0.3)
+
+
 def load_base(folder):
   return transformers.LlavaForConditionalGeneration.from_pretrained(
     folder / "base", attn_implementation="eager").eval()
@@ -86,10 +94,7 @@ def test_adapters_of_peft_are_read(made, tmp_path):
   torch.manual_seed(0)
   model = peft.get_peft_model(load_base(folder), peft.LoraConfig(
     r=3, lora_alpha=7.0, target_modules=r".*language_model.*\.(q_proj|v_proj)"))
-  with torch.no_grad():
-    for name, weight in model.named_parameters():
-      if "lora_" in name:
-        weight.normal_(0, 0.3)
+  draw(model)
   model.save_pretrained(tmp_path)
   found = adapters.read(tmp_path, config)
   assert set(found) == {path for path in systems.shapes(config) if is_adapter(path)}
@@ -191,10 +196,7 @@ def test_adapters_of_a_language_model_alone_are_read(made, tmp_path):
   model = peft.get_peft_model(llama, peft.LoraConfig(
     r=3, lora_alpha=7.0, target_modules=["q_proj", "v_proj"]))
   torch.manual_seed(0)
-  with torch.no_grad():
-    for name, weight in model.named_parameters():
-      if "lora_" in name:
-        weight.normal_(0, 0.3)
+  draw(model)
   model.save_pretrained(tmp_path)
   found = adapters.read(tmp_path, config)
   assert set(found) == {path for path in systems.shapes(config) if is_adapter(path)}

@@ -6,7 +6,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,8 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
 from vlm_jax.evals import embed
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 LENGTH, PATCH, SIDE = 16, 5, 15
 SIZES = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3)
 VISION = SIZES | dict(patch_size=PATCH, image_size=SIDE)
@@ -37,13 +38,6 @@ def get_config(arg=""):
 """
 CAPTIONS = ("a photo of a circle", "A Photo, of the BLUE Square!!", "yes, no.", "the lazy fox " * 9)
 TWO_TOWERS = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def noise(model):

@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -30,6 +29,8 @@ from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
 from vlm_jax.convert import safetensors_io, systems, table
 from vlm_jax.core.errors import USAGE, UsageError
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 VOCAB = 61
 # Words of a published tokenizer by id, where a system has its own, and the roles that it tells.
@@ -75,14 +76,6 @@ def get_config(arg=""):
   config.train.trackers = ()
   return config
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from jax import export
@@ -25,16 +24,10 @@ from vlm_jax.generate import program
 from vlm_jax.generate.answer import ask
 from vlm_jax.train import checkpoint_tools, state
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 QUESTION, NEW, TOLERANCE = "what is it?", 5, 2e-5
 SPEAKING = ("prefix_lm", "simvlm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
 from vlm_jax.core import mask as masks
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.ops import visual_tokens
 from vlm_jax.ops.visual_tokens import PINPOINTS, SYSTEMS, UNCOUNTED

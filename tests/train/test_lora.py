@@ -23,16 +23,10 @@ from vlm_jax.train.checkpoint import load_params
 from vlm_jax.train.loop import train
 from vlm_jax.train.optimizer import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TOLERANCE = 2e-6  # of logits; measured 4e-7
 QUERIES = "llm/.*/attention/(query|value)"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def recipe(targets=(QUERIES,), **lora):

@@ -29,20 +29,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   recipes.model(parser)
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
                       help="a picture for the first question; may be repeated")
-  parser.add_argument("--max-tokens", type=int, default=256, help="an answer is cut there (256)")
-  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-  parser.add_argument("--top-p", type=float, default=1.0,
-                      help="draw from the most likely tokens with this probability together (1)")
-  parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+  recipes.answering(parser, 256)
 
 
 def run(args: argparse.Namespace) -> None:
   """Answers line after line."""
   from vlm_jax.generate.answer import check_tokens
-  from vlm_jax.generate.sampling import Sampling
 
   check_tokens(args.max_tokens)
-  sampling = Sampling(args.temperature, args.top_p, args.seed)
+  sampling = recipes.sampling(args)
   bundle = recipes.open_model(args)
   if not bundle.module.STREAM:
     raise UsageError(f"--workdir {args.workdir}: a '{bundle.config.fusion.name}' compares pictures "

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import vlm_jax
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.recipes import load as load
+from vlm_jax.recipes import load
 
 MODELS = ("run directory, RUN/checkpoints/STEP, recipe FILE.py:ARG, or directory of a Hugging Face "
           "checkpoint")  # what `vlm_jax.load` takes
@@ -34,6 +34,23 @@ def model(parser: argparse.ArgumentParser, kinds: str = MODELS) -> None:
   parser.add_argument("--allow-outside", action="store_true",
                       help="let the frozen config of a run name modules outside vlm_jax; they run "
                            "code")
+
+
+def answering(parser: argparse.ArgumentParser, most: int) -> None:
+  """Adds the flags that say how answers are chosen, and how long they are, `most` by default."""
+  parser.add_argument("--max-tokens", type=int, default=most,
+                      help=f"an answer is cut there ({most})")
+  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+  parser.add_argument("--top-p", type=float, default=1.0,
+                      help="draw from the most likely tokens with this probability together (1)")
+  parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+
+
+def sampling(args: argparse.Namespace) -> Any:
+  """The `generate.sampling.Sampling` that the flags of `answering` name."""
+  from vlm_jax.generate.sampling import Sampling
+
+  return Sampling(args.temperature, args.top_p, args.seed)
 
 
 def open_model(args: argparse.Namespace) -> Any:

@@ -22,11 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                       help="the question; <image> in it is the place of a picture")
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
                       help="a picture; may be repeated, in the order of the question's <image>")
-  parser.add_argument("--max-tokens", type=int, default=32, help="the answer is cut there (32)")
-  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-  parser.add_argument("--top-p", type=float, default=1.0,
-                      help="draw from the most likely tokens with this probability together (1)")
-  parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+  recipes.answering(parser, 32)
   parser.add_argument("--attention-map", default="", metavar="FILE.png",
                       help="draw where in the pictures every word of the answer looked")
   parser.add_argument("--attention-layers", default="", metavar="A,B,...",
@@ -37,14 +33,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints the answer."""
-  from vlm_jax.generate.sampling import Sampling
-
   try:
     layers = [int(text) for text in args.attention_layers.split(",") if text]
   except ValueError:
     raise UsageError(f"--attention-layers is '{args.attention_layers}'; write whole numbers with "
                      "commas between them") from None
-  sampling = Sampling(args.temperature, args.top_p, args.seed)
+  sampling = recipes.sampling(args)
   start = time.perf_counter()
   bundle = recipes.open_model(args)
   said = bundle.answer(args.prompt, args.image, max_tokens=args.max_tokens, sampling=sampling,

@@ -9,7 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from vlm_jax.cli import config as recipes
+from vlm_jax import recipes
+from vlm_jax.cli.config import override
 from vlm_jax.core.errors import UsageError
 
 SUMMARY = "prepare, train with controls, evaluate: one command"
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
   configs = {}
   for part, word in WORDS.items():
     configs[part] = recipes.load(f"{path}:{','.join(filter(None, (arg, word)))}")
-    recipes.override(configs[part], args.overrides)
+    override(configs[part], args.overrides)
     configs[part].lock()
   from vlm_jax import quickstart
 

@@ -58,11 +58,6 @@ def _family(theirs: Mapping[str, Any]) -> str:
   return name
 
 
-def varies(theirs: Mapping[str, Any]) -> bool:
-  """Whether a file makes grids that vary with the picture, where ours are the native square."""
-  return theirs.get("image_processor_type", "").startswith("Siglip2")
-
-
 def _square(size: Any, field: str) -> int:
   """The side of a size that is a square, in any of their spellings."""
   sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")}

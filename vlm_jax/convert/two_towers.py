@@ -99,6 +99,7 @@ def write_config(config: ConfigDict, image_token: int) -> dict[str, Any]:
   text["projection_size"] = config.tower.width
   return {**theirs, "text_config": text, "vision_config": {**vision, "vision_use_head": True}}
 
+
 def pixels(config: ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
   """Their preprocessor_config.json: the same resize and pixel scaling."""
   if theirs["model_type"] == "siglip2":  # which reads nothing else

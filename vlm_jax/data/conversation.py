@@ -73,11 +73,11 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage, 
       raise BadExample("image_count", f"{document.key}: {len(pictures)} images, and the chat "
                        f"template writes {found}")
   if not numbers:
-    return Encoded(tuple(_parts(written[0], pictures, tokenizer.image, 0)), document.source,
+    return Encoded(tuple(_parts(written[0], pictures, tokenizer.image)), document.source,
                    document.key)
   head = _common(written)
   cut = lambda one, span: Ids(one.ids[span], one.loss[span], one.turn[span], 0)
-  parts = _parts(cut(written[0], slice(head)), pictures, tokenizer.image, 0)
+  parts = _parts(cut(written[0], slice(head)), pictures, tokenizer.image)
   if sum(isinstance(part, Pixels) for part in parts) < len(pictures):
     raise UsageError(f"document {document.key}: the chat template writes a picture behind the "
                      "question of a branch; choose a form of the source without branches")
@@ -182,7 +182,7 @@ def _common(written: Sequence[Ids]) -> int:
   return int(np.argmin(np.append(same, False)))
 
 
-def _parts(one: Ids, pictures: Sequence[Pixels], image: int, branch: int) -> list[Tokens | Pixels]:
+def _parts(one: Ids, pictures: Sequence[Pixels], image: int) -> list[Tokens | Pixels]:
   """The tokens taken apart at pictures and between turns."""
   shown, parts = iter(pictures), []
   edges = np.flatnonzero((one.ids == image) | (np.diff(one.turn, prepend=one.turn[:1]) != 0)
@@ -194,5 +194,5 @@ def _parts(one: Ids, pictures: Sequence[Pixels], image: int, branch: int) -> lis
     if one.ids[span[0]] == image:
       parts.append(dataclasses.replace(next(shown), turn=turn))
     else:
-      parts.append(Tokens(one.ids[span], one.loss[span], branch, turn))
+      parts.append(Tokens(one.ids[span], one.loss[span], 0, turn))
   return parts

@@ -95,7 +95,7 @@ def read(directory: Path) -> Published:
   for name in SETTINGS:
     settings |= _json(directory / name)
   extra = settings.get("extra_special_tokens")
-  settings |= {role: token for role, token in (extra if isinstance(extra, dict) else {}).items()}
+  settings |= extra if isinstance(extra, dict) else {}
   kind = (settings.get("tokenizer_class") or "").removesuffix("Fast")
   settings = {**CLASSES.get(kind, {}), **{k: v for k, v in settings.items() if v is not None}}
   inner = _inner(directory, kind)

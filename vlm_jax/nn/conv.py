@@ -70,7 +70,8 @@ def convolved(x: Array, kernel: Array, *, stride: int, pad: Any, groups: int | N
 
 
 def shifted(x: Array, kernel: Array, *, stride: int, pad: Any) -> Array:
-  """The depthwise convolution as a sum of k^2 shifted images: ten times as fast on a CPU."""
+  """The depthwise convolution as a sum of k^2 shifted images, of which XLA makes a faster
+  program for a CPU than of its convolution."""
   size, sides = kernel.shape[0], x.shape[1:3]
   if isinstance(pad, str):
     pad = jax.lax.padtype_to_pads(sides, (size, size), (stride, stride), pad)

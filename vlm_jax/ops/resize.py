@@ -97,9 +97,10 @@ def resize_each(table: Array, old: tuple[int, int], grids: Array, cells: int, ho
   row, column = jnp.divmod(jnp.arange(cells), grids[:, 1:])
   down, across = (_triangles(size, new, where) for size, new, where in (
     (old[0], grids[:, :1], row), (old[1], grids[:, 1:], column)))
-  table_ = table.astype(jnp.float32).reshape(*old, -1)
-  cells_ = jnp.einsum("npi,npj,ijd->npd", down, across, table_, precision=jax.lax.Precision.HIGHEST)
-  return cells_.astype(table.dtype)
+  found = jnp.einsum("npi,npj,ijd->npd", down, across,
+                     table.astype(jnp.float32).reshape(*old, -1),
+                     precision=jax.lax.Precision.HIGHEST)
+  return found.astype(table.dtype)
 
 
 def _triangles(old: int, new: Array, where: Array) -> Array:

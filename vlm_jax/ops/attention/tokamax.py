@@ -1,7 +1,7 @@
 """tokamax's attention for NVIDIA GPUs (Pallas, Mosaic), with an interval for each query.
 
-Compiled for an H100, never run on one; what is computed around the kernel is proven with tokamax's
-plain XLA implementation, which takes the same arguments.
+Never run on a GPU; what is computed around the kernel is proven with tokamax's plain XLA
+implementation, which takes the same arguments.
 
 Its mask has a first and a last key for each query, so no T x S array is made. The forward kernel
 walks from the first key that a block of queries sees to the last; the backward kernels meet all
