@@ -48,7 +48,8 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
-      width=512,  # clip: width of the space that pictures and texts share
+      width=512,  # clip, blip2_qformer: width of the space that pictures and texts share
+      start=3,  # blip2_qformer: the token that opens a text which is said (published: 30522)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
     )
@@ -63,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
       mlp=512,
       heads=4,
       class_token=False,  # prepend a learned token (dropped again before the connector)
+      read_class=False,  # vit: that token is a feature too, before those of the patches
       pre_norm=False,  # CLIP: a LayerNorm before the first block
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # hidden state the connector reads: -1 last, -2 the one before (LLaVA)
@@ -87,11 +89,21 @@ def get_config(arg: str = "") -> ConfigDict:
   config.connector = ConfigDict(
     dict(
       name="mlp",  # module in vlm_jax/connectors
-      hidden=0,  # width of the hidden layer, 0: the language model's width
+      hidden=0,  # width of the hidden layer, 0: the language model's width; qformer: 4 slot_width
       activation="gelu",
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      latents=32,  # qformer: K, slots of an image; with the fields below
+      slot_width=128,  # qformer: D of its slots
+      depth=4,
+      heads=4,
+      norm_eps=1e-5,
+      cross_every=2,  # qformer: layers 0, n, 2n, ... see the picture
+      vocab_size=0,  # qformer: words it reads beside its queries, 0: none
+      positions=512,  # qformer: of words
+      remat="none",
+      unroll=1,
       init="",
     )
   )
