@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -19,10 +20,11 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from vlm_jax.configs import base
 from vlm_jax.connectors import qformer
 from vlm_jax.convert import table
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten, unflatten
+from vlm_jax.train import initial
 
 pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE = 2e-4  # of gradients
@@ -339,3 +341,18 @@ def test_slots_are_the_queries_and_sizes_must_fit():
     with pytest.raises(UsageError, match=sentence):
       qformer.check(wrong)
   assert len(qformer.keys(3)) > len(qformer.KEYS) > len(qformer.keys(1))
+
+
+def test_the_second_stage_takes_what_the_first_has(monkeypatch):
+  """Of its run: not the words' side, which it has not; its projection stays as it was drawn."""
+  first = {"queries": np.ones((2, 3)), "words": np.ones((9, 3)),
+           "layers/layer0/text_mlp/up/kernel": np.ones((1, 3, 4))}
+  leaves = {"queries": SimpleNamespace(shape=(2, 3)), "project/bias": SimpleNamespace(shape=(5,))}
+  contents = SimpleNamespace(arrays={f"params/connector/{path}": array
+                                     for path, array in first.items()})
+  monkeypatch.setattr(initial.checkpoint_tools, "locate", lambda run: ("", 0))
+  monkeypatch.setattr(initial.checkpoint_tools, "sound", lambda *of: contents)
+  read = lambda staged: initial._of_run("run", "connector", leaves, np.float32, staged)
+  assert set(read(qformer.STAGED)) == {"queries"}
+  with pytest.raises(DataError, match="connector/layers/layer0/text_mlp/up/kernel is"):
+    read(())

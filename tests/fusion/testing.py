@@ -34,6 +34,10 @@ VARIANTS = [
   ("prefix_lm", None, True),
   ("simvlm", None, False),
   ("simvlm", None, True),
+  ("blip2", None, False),
+  ("blip2", None, True),
+  ("blip2_t5", None, False),
+  ("blip2_t5", None, True),
   ("llava_next", "causal", False),
   ("llava_next", "causal", True),
 ]
@@ -41,7 +45,10 @@ VARIANTS = [
 LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
+  "blip2_t5": dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
+                   relative_buckets=8, relative_distance=12, encoder_depth=2),
 }
+QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
 
 
 def get_config(name: str, image_attention: str | None = None, fan_out: bool = False) -> ConfigDict:
@@ -53,6 +60,8 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
   config.tower.update(image_size=SIDE, patch=4, width=24, depth=2, mlp=40, heads=3)
   config.llm.update(vocab_size=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2)
   config.llm.update(LLM.get(name, {}))
+  if name.startswith("blip2"):
+    config.connector.update(QFORMER)
   config.attention.update(block_q=16, block_k=16)
   config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
   if name == "llava_next":

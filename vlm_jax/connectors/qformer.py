@@ -83,6 +83,8 @@ def keys(every: int) -> tuple:
 
 
 KEYS = keys(2)  # the published ones
+# Parameters of one stage of BLIP-2 alone, which starts from another (`config.connector.init`).
+STAGED = ("project/.*", "words", "positions", "layers/.*/text_(mlp|norm)/.*")
 
 
 def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarray:
