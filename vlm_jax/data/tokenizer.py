@@ -18,9 +18,9 @@ PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
 )
 # What opens a user's and an assistant's turn; PaliGemma (arXiv:2407.07726, section 3.1): the prompt
 # behind <bos>, the answer behind a line break that is no part of either; CLIP (arXiv:2103.00020,
-# section 2.4): <bos> words <eos>, and no turns. "plain" is how LLaVA's first stage shows pictures to
-# a language model that is only read (arXiv:2304.08485, section 4.2): every part is a line, behind
-# <bos>, where such a model expects it: at the beginning of the document, before the picture.
+# section 2.4): <bos> words <eos>, and no turns. "plain", as LLaVA's first stage shows pictures to a
+# language model that was only ever given text: <bos> opens the document, before a picture too, as
+# all that the model has read begins so; every part is a line.
 TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS),
              "plain": ("\n", "\n")}
 CHECKPOINT = "checkpoint"  # the chat template among the files of a published tokenizer
