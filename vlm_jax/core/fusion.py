@@ -32,12 +32,14 @@ class Cache:
     length: i32[], columns written so far.
     memory: the same two of the slots that cross-attention reads, of the layers that do, made by the
       first call; None before it, and in models that read one stream.
+    positions: i32[B,S], of the columns, where attention asks for distances; None elsewhere.
   """
 
   k: Array
   v: Array
   length: Array
   memory: tuple[Array, Array] | None = None
+  positions: Array | None = None
 
   @property
   def slots(self) -> int:
