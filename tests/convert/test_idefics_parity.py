@@ -35,7 +35,7 @@ from vlm_jax.generate.prompts import layouts, stack
 TOLERANCE = 2e-4  # of gradients; measured: at most 4e-5
 LOGITS = 2e-5  # measured: at most 3e-6
 FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
-VOCAB, NEW, SIDE, MAX_NEW = 57, 3, 8, 6
+VOCAB, NEW, SIDE, MAX_NEW = 58, 3, 8, 6
 IMAGE = VOCAB + NEW - 1  # the last of the new tokens
 transformers.utils.logging.disable_progress_bar()
 
@@ -285,6 +285,8 @@ def test_what_theirs_cannot_say_is_refused():
     other[node][name] = value
     with pytest.raises(UsageError, match=f"config.{field} is .*IDEFICS checkpoint can only say"):
       idefics.write_config(other, IMAGE)
+  with pytest.raises(UsageError, match=f"'<image>' is token 5, .* {IMAGE}"):
+    idefics.write_config(config, 5)
   theirs = idefics.write_config(config, IMAGE)
   for field, value, words in (("alpha_type", "double", "known: float, vector"),
                               ("cross_layer_interval", 3, "does not divide"),

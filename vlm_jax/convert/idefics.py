@@ -140,7 +140,10 @@ def write_config(config: ConfigDict, image_token: int) -> dict:
   Raises:
     UsageError: the config is not an IDEFICS; the sentence names the field.
   """
-  del image_token  # it is the last of the new tokens
+  if image_token != fusion.vocabulary(config) - 1:
+    raise UsageError(f"config.data.tokenizer: '<image>' is token {image_token}, but an IDEFICS "
+                     f"checkpoint says it by the last one, {fusion.vocabulary(config) - 1}; choose "
+                     "a tokenizer with that many tokens, the last of them '<image>'")
   text, tower, connector = nodes.write(config.llm, "llm"), config.tower, config.connector
   if text["model_type"] != "llama":
     raise UsageError(f"config.llm is a '{text['model_type']}'; that of an IDEFICS is a llama")

@@ -70,6 +70,7 @@ __all__ = ["RUNS", "STAGES", "STREAM", "GatedLayer", "Model", "axes", "fields", 
 STAGES = (
   Stage("all", (".*",)),
   Stage("bridge", ("(connector|bridge|new_embed|new_head)/.*",)),  # tower and language model stay
+  Stage("finetune", ("(connector|bridge|new_embed|new_head|llm)/.*",)),  # the tower stays
 )
 RUNS = ("bridge",)
 IMAGE_ATTENTION = ("last", "all")
