@@ -61,10 +61,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.data.root = "data/gridqa_only"  # a tokenizer of its own, of which every word is one token
   # Four grids fill a row, with all their questions and the most tokens a picture takes.
-  config.data.update(rows=8, tokens=384, images=4)
+  config.data.update(rows=4, tokens=384, images=4)
   config.data.sources.gridqa = base.source(name="gridqa", form="fan_out")
   config.optim.update(lr=2e-3, b2=0.98, weight_decay=0.01, warmup=100)
-  config.train.update(steps=1000, log_every=100, checkpoint_every=1000)
+  config.train.update(steps=600, log_every=50, checkpoint_every=600)
   config.evals.gridqa = base.evaluation(
     source="gridqa", split="test", together=16, batch=32, max_tokens=2, limit=250)
 
