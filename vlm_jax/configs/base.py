@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 
-MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
+MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
 
 
@@ -45,12 +45,33 @@ def get_config(arg: str = "") -> ConfigDict:
   config.fusion = ConfigDict(
     dict(
       name="prefix_lm",  # module in vlm_jax/fusion
-      image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
+      # concat: "causal" or "bidirectional" inside an image; flamingo: text sees "last" or "all"
+      image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip: width of the space that pictures and texts share
+      new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
+      say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
+      next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
+      predict_unseen=True,  # flamingo: learn text before a document's first image (Open...: False)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+    )
+  )
+  config.bridge = ConfigDict(
+    dict(
+      # flamingo: gated layers between those of the language model.
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
     )
   )
   config.tower = ConfigDict(
@@ -63,6 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
       mlp=512,
       heads=4,
       class_token=False,  # prepend a learned token (dropped again before the connector)
+      read_class=False,  # vit: that token is a feature too, before those of the patches
       pre_norm=False,  # CLIP: a LayerNorm before the first block
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # hidden state the connector reads: -1 last, -2 the one before (LLaVA)
@@ -87,11 +109,21 @@ def get_config(arg: str = "") -> ConfigDict:
   config.connector = ConfigDict(
     dict(
       name="mlp",  # module in vlm_jax/connectors
-      hidden=0,  # width of the hidden layer, 0: the language model's width
+      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
+      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
       activation="gelu",
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      latents=64,  # perceiver: K, slots of an image; with the fields below
+      depth=6,
+      heads=8,
+      kv_heads=0,  # key/value groups, 0: as many as heads
+      head_dim=64,
+      norm="layer",  # "layer" or "rms" (Idefics2)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
+      qk_norm="",  # "layer": of queries and keys
       init="",
     )
   )

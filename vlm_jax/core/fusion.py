@@ -30,8 +30,8 @@ class Cache:
   Attributes:
     k, v: f[L,B,S,G,C], of the stream that speaks.
     length: i32[], columns written so far.
-    memory: the same two of the slots that cross-attention reads, made by the first call; None
-      before it, and in models that read one stream.
+    memory: the same two of the slots that cross-attention reads, of the layers that do, made by the
+      first call; None before it, and in models that read one stream.
   """
 
   k: Array
@@ -114,10 +114,11 @@ class Stage:
 class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
-  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add, and
-  in GLOBAL the objectives that compare documents of the whole batch: they have no meaning for a
-  part of it, so they accumulate over cached outputs (`train/accumulate.py`). A strategy whose Model
-  returns `Embeddings` says nothing: its STREAM is "".
+  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add, in
+  RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the objectives that
+  compare documents of the whole batch: they have no meaning for a part of it, so they accumulate
+  over cached outputs (`train/accumulate.py`). A strategy whose Model returns `Embeddings` says
+  nothing: its STREAM is "".
   """
 
   Model: type
@@ -184,7 +185,8 @@ class LanguageModel(Protocol):
 
   Model(config.llm, config.attention, precision) returns an Output. How it is called depends on
   KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
-  positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
+  positions i32[B,T], mask, cache=None, visitors=None), visitors as in `nn/stack.py`; an
+  "encoder-decoder" those of `llm/encoder_decoder.py`.
   RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
   `config` below is `config.llm`. A published one also has KEYS (`convert/table.py`), MODEL_TYPES,
   read_hf and write_hf (`convert/nodes.py`).
