@@ -75,14 +75,14 @@ def get_config(arg: str = "") -> ConfigDict:
   # The patches as they are embedded, with their places: all mixing of cells is the variant's.
   config.tower.update(image_size=16, patch=4, width=64, depth=1, mlp=64, heads=1, post_norm=False,
                       feature_layer=-2)
-  config.llm.update(vocab_size=357, width=64, depth=3, mlp=192, heads=4, kv_heads=4, unroll=3)
+  config.llm.update(vocab_size=357, width=64, depth=3, mlp=192, heads=4, kv_heads=4)
 
   config.data.root = "data/gridqa_only"  # a tokenizer of its own, of which every word is one token
   # Four grids fill a row, with all their questions and the most tokens a picture takes.
   config.data.update(rows=4, tokens=384, images=4)
   config.data.sources.gridqa = base.source(name="gridqa", form=task or "fan_out")
   config.optim.update(lr=2e-3, b2=0.98, weight_decay=0.01, warmup=100)
-  config.train.update(steps=600, log_every=100, checkpoint_every=600)
+  config.train.update(steps=400, log_every=50, checkpoint_every=400)
   config.evals.gridqa = base.evaluation(
     source="gridqa", split="test", controls=("shuffled",), together=16, batch=32, max_tokens=2,
     limit=200)
