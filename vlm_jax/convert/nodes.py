@@ -126,6 +126,25 @@ def write_node(
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
+def _decode(model: Any) -> Any:
+  slots = jnp.zeros((1, 1), jnp.int32)
+  return model(model.embed(slots), slots, IntervalMask(slots, slots))
+
+
+def _encode_and_decode(model: Any) -> Any:
+  slots = jnp.zeros((1, 1), jnp.int32)
+  mask = IntervalMask(slots, slots)
+  memory = model.encode(model.embed(slots, slots, "encoder"), slots, mask)
+  return model(model.embed(slots, slots, "decoder"), slots, memory, mask, mask)
+
+
+CALLS = {  # a call of everything in a language model, by its KIND
+  "decoder": _decode,
+  "encoder-decoder": _encode_and_decode,
+  "text tower": lambda model: model(jnp.zeros((1, model.config.positions), jnp.int32)),
+}
+
+
 def entries(config: Mapping[str, Any], floor: str) -> list[table.Entry]:
   """Every tensor of a checkpoint of one module, whose config node has at least its own fields."""
   module = fusion.find(floor, config["name"])
@@ -134,14 +153,11 @@ def entries(config: Mapping[str, Any], floor: str) -> list[table.Entry]:
   model = module.Model(node, attention, Precision())
 
   def init() -> Params:
-    if floor == "llm":
-      slots = jnp.zeros((1, 1), jnp.int32)
-      run = lambda model, tokens, *rest: model(model.embed(tokens), *rest)
-      made = model.init(jax.random.key(0), slots, slots, IntervalMask(slots, slots), method=run)
+    if floor == "towers":
+      run = lambda model: model(jnp.zeros((1, 1, node.image_size, node.image_size, 3), jnp.uint8))
     else:
-      side = node.image_size
-      made = model.init(jax.random.key(0), jnp.zeros((1, 1, side, side, 3), jnp.uint8))
-    return meta.unbox(made)["params"]
+      run = CALLS[module.KIND]
+    return meta.unbox(model.init(jax.random.key(0), method=run))["params"]
 
   shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
   return table.entries([("", "", module.KEYS)], shapes)

@@ -32,12 +32,14 @@ class Cache:
     length: i32[], columns written so far.
     memory: the same two of the slots that cross-attention reads, of the layers that do, made by the
       first call; None before it, and in models that read one stream.
+    positions: i32[B,S], of the columns, where attention asks for distances; None elsewhere.
   """
 
   k: Array
   v: Array
   length: Array
   memory: tuple[Array, Array] | None = None
+  positions: Array | None = None
 
   @property
   def slots(self) -> int:
@@ -114,11 +116,12 @@ class Stage:
 class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
-  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add, in
-  RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the objectives that
-  compare documents of the whole batch: they have no meaning for a part of it, so they accumulate
-  over cached outputs (`train/accumulate.py`). A strategy whose Model returns `Embeddings` says
-  nothing: its STREAM is "".
+  Where ids have rows behind the language model's vocabulary, vocabulary(config) says how many there
+  are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
+  can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
+  objectives that compare documents of the whole batch: they have no meaning for a part of it, so
+  they accumulate over cached outputs (`train/accumulate.py`). A strategy whose Model returns
+  `Embeddings` says nothing: its STREAM is "".
   """
 
   Model: type
@@ -262,3 +265,9 @@ def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
     raise UsageError(f"config.llm.name '{config.llm.name}' is of kind '{module.KIND}'; "
                      f"config.fusion.name '{config.fusion.name}' needs a '{kind}'")
   return module
+
+
+def vocabulary(config: ConfigDict) -> int:
+  """How many token ids have rows: the language model's, and new ones of the strategy."""
+  module = find_fusion(config)
+  return module.vocabulary(config) if hasattr(module, "vocabulary") else config.llm.vocab_size

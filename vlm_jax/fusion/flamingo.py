@@ -65,11 +65,12 @@ from vlm_jax.nn.mlp import feed_forward
 from vlm_jax.nn.norms import norm
 
 __all__ = ["RUNS", "STAGES", "STREAM", "GatedLayer", "Model", "axes", "fields", "images_read",
-           "layout", "losses", "order", "rows", "weights"]
+           "layout", "losses", "order", "rows", "vocabulary", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
   Stage("bridge", ("(connector|bridge|new_embed|new_head)/.*",)),  # tower and language model stay
+  Stage("finetune", ("(connector|bridge|new_embed|new_head|llm)/.*",)),  # the tower stays
 )
 RUNS = ("bridge",)
 IMAGE_ATTENTION = ("last", "all")
@@ -80,6 +81,11 @@ PAGE = "document"  # the form of sources whose documents are web pages
 def fields(config: ConfigDict) -> dict[str, Field]:
   """Those of `concat`, and the mask "media" of text slots and rows of the table."""
   return concat.fields(config) | mask_fields("media", STREAM, "table", classes=False)
+
+
+def vocabulary(config: ConfigDict) -> int:
+  """Ids of the language model and new ones; the last stands where an image is."""
+  return config.llm.vocab_size + config.fusion.new_tokens
 
 
 def order(config: ConfigDict, image: Pixels) -> np.ndarray:
@@ -115,7 +121,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     weight = weight * (np.append(index[1:], 0) > 0).astype(np.float32)
   slots = dataclasses.replace(slots, weight=weight)
   made = concat.assemble(encoded, slots, masks.causal(len(slots)), config)
-  size, picture = len(rows(config)), config.llm.vocab_size + config.fusion.new_tokens - 1
+  size, picture = len(rows(config)), vocabulary(config) - 1
   first = index - 1 if config.fusion.image_attention == "last" else np.zeros_like(index)
   lo, hi = np.where(index > 0, (first * size, index * size), 0).astype(np.int32)
   tokens = np.where(slots.image > 0, picture, slots.tokens).astype(np.int32)

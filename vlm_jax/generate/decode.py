@@ -192,7 +192,7 @@ def split(config: ConfigDict, params: Params, cache: Cache) -> tuple[Params, Cac
   leaves = {path: stack.apart(leaf) if path.startswith(runs) else leaf
             for path, leaf in flatten(params).items()}
   k, v, memory = stack.apart((cache.k, cache.v, cache.memory))
-  return unflatten(leaves), Cache(k, v, cache.length, memory)
+  return unflatten(leaves), dataclasses.replace(cache, k=k, v=v, memory=memory)
 
 
 def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens
