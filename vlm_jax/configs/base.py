@@ -320,6 +320,9 @@ def evaluation(**overrides) -> ConfigDict:
       together=10,  # questions of a fan-out document in one row (unseen by each other)
       templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
+      shots=(0, 4, 8),  # few_shot: solved questions before one; the most give the main number
+      choose="random",  # few_shot: which: "random", "similar" pictures, or the document's "own"
+      shots_split="train",  # few_shot: the split that they are from
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens
