@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 
-MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
+MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
 
 
@@ -45,13 +45,34 @@ def get_config(arg: str = "") -> ConfigDict:
   config.fusion = ConfigDict(
     dict(
       name="prefix_lm",  # module in vlm_jax/fusion
-      image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
+      # concat: "causal" or "bidirectional" inside an image; flamingo: text sees "last" or "all"
+      image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip, blip2_qformer: width of the space that pictures and texts share
       start=3,  # blip2_qformer: the token that opens a text which is said (published: 30522)
+      new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
+      say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
+      next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
+      predict_unseen=True,  # flamingo: learn text before a document's first image (Open...: False)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+    )
+  )
+  config.bridge = ConfigDict(
+    dict(
+      # flamingo: gated layers between those of the language model.
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
     )
   )
   config.tower = ConfigDict(
@@ -89,19 +110,26 @@ def get_config(arg: str = "") -> ConfigDict:
   config.connector = ConfigDict(
     dict(
       name="mlp",  # module in vlm_jax/connectors
-      hidden=0,  # width of the hidden layer, 0: the language model's width; qformer: 4 slot_width
+      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
+      # Of the hidden layer, 0: the language model's; perceiver: 4 `width`; qformer: 4 `slot_width`.
+      hidden=0,
       activation="gelu",
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=32,  # qformer: K, slots of an image; with the fields below
-      slot_width=128,  # qformer: D of its slots
-      depth=4,
-      heads=4,
+      latents=64,  # perceiver, qformer: K, slots of an image; with the fields below
+      depth=6,
+      heads=8,
       norm_eps=1e-5,
-      cross_every=2,  # qformer: layers 0, n, 2n, ... see the picture
-      vocab_size=0,  # qformer: words it reads beside its queries, 0: none
-      positions=512,  # qformer: of words
+      kv_heads=0,  # perceiver: key/value groups, 0: as many as heads; with the fields below
+      head_dim=64,
+      norm="layer",  # "layer" or "rms" (Idefics2)
+      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
+      qk_norm="",  # "layer": of queries and keys
+      slot_width=128,  # qformer: D of its slots; with the fields below
+      cross_every=2,  # layers 0, n, 2n, ... see the picture
+      vocab_size=0,  # words that are read beside the queries, 0: none
+      positions=512,  # of words
       remat="none",
       unroll=1,
       init="",
@@ -142,7 +170,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
-      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), or a chat template:
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain", or a template:
       # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
       template="marks",
     )
@@ -300,6 +328,9 @@ def evaluation(**overrides) -> ConfigDict:
       together=10,  # questions of a fan-out document in one row (unseen by each other)
       templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
+      shots=(0, 4, 8),  # few_shot: solved questions before one; the most give the main number
+      choose="random",  # few_shot: which: "random", "similar" pictures, or the document's "own"
+      shots_split="train",  # few_shot: the split that they are from
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens

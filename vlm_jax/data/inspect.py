@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import IGNORE, mask_axes, owners_of, streams_of
+from vlm_jax.core.layout import IGNORE, mask_axes, owners_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -174,17 +174,21 @@ def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
   if not masks:
     raise UsageError(f"config.fusion.name '{config.fusion.name}' has no packed stream and no mask "
                      "to draw; leave the picture out")
-  axes = mask_axes(find_fusion(config).fields(config))
+  module = find_fusion(config)
+  axes, capacity = mask_axes(module.fields(config)), module.axes(config)
   rows = min(rows, len(next(iter(masks.values())).lo))
   strip, gap, legend = 12, 16, 24
-  length = {name: batch[f"streams/{name}/tokens"].shape[1] for name in streams_of(batch)}
+  length = {axis: capacity[axis] for pair in axes.values() for axis in pair}
   panels = [(name, row) for row in range(rows) for name in axes]
   width = sum(strip + length[axes[name][1]] + gap for name, _ in panels) - gap
-  side = strip + max(length.values())
+  side = strip + max(length[queries] for queries, _ in axes.values())
   canvas = Image.new("RGB", (width, side + legend), UNSEEN)
   left = 0
-  colours = lambda stream, row: np.array(
-    [COLOURS[kind] for kind in kinds_of(batch, stream, row)], np.uint8)
+  of_table = lambda row: np.repeat(batch["media/images/segment_ids"][row] > 0,
+                                   capacity["table"] // capacity["images"])
+  kinds = lambda axis, row: kinds_of(batch, axis, row) if axis != "table" else [
+    "image" if there else "padding" for there in of_table(row)]
+  colours = lambda axis, row: np.array([COLOURS[kind] for kind in kinds(axis, row)], np.uint8)
   for name, row in panels:
     queries, keys = axes[name]
     one = jax.tree.map(lambda field, row=row: np.asarray(field[row]), masks[name])

@@ -256,14 +256,14 @@ class Model(nn.Module):
     return llm(x, text.positions, mask, cache)
 
 
-def media_table(values: Array, config: ConfigDict) -> Array:
-  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,D], R = N * K.
+def media_table(values: Array, config: ConfigDict, width: int = 0) -> Array:
+  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,width], R = N * K; 0: as wide as text.
 
   Called inside a compact module, which then has the submodules "tower" and "connector".
   """
   dtypes, tower = precision(config), find_tower(config)
   features = tower.Model(config.tower, config.attention, dtypes, name="tower")(values)
-  connector = find_connector(config).Model(config.connector, config.llm.width, dtypes,
+  connector = find_connector(config).Model(config.connector, width or config.llm.width, dtypes,
                                            name="connector")
   table = connector(features.patches, tower.grid(config.tower))
   batch, images, slots, width = table.shape

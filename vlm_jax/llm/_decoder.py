@@ -282,7 +282,8 @@ class Decoder(nn.Module):
     return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
   def __call__(
-    self, x: Array, positions: Array, mask: IntervalMask, cache: Cache | None = None
+    self, x: Array, positions: Array, mask: IntervalMask, cache: Cache | None = None,
+    visitors: stack.Visitors | None = None,
   ) -> Output:
     """Runs the decoder.
 
@@ -291,6 +292,7 @@ class Decoder(nn.Module):
       positions: i32[B,T], rotary or learned.
       mask: query fields i32[B,T]; with a cache of S columns, key fields and `k_index` i32[B,S].
       cache: keys and values so far; this call's are appended at column `cache.length`.
+      visitors: layers of a strategy between these; what they cache is `cache.memory`.
 
     Returns:
       hidden f[B,T,D], head f[D,V], its soft cap, and the longer cache (None without one).
@@ -306,12 +308,15 @@ class Decoder(nn.Module):
       context = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
       apart = cache is not None and isinstance(cache.k, list)
       columns = columns, list(parts.order) if apart else jnp.asarray(parts.order, jnp.int32)
-    x = x.astype(self.precision.compute)
+    x, kept = x.astype(self.precision.compute), None
     if parts.positions:
       x = x + place(self.positions, parts.positions_unread + positions, self.precision)
-    x, columns = self.layers(x, columns, context)
+    if visitors is None:
+      x, columns = self.layers(x, columns, context)
+    else:
+      x, columns, kept = stack.visit(self.layers, visitors, x, columns, context)
     if cache is not None:
-      cache = Cache(*columns, length=cache.length + x.shape[1])
+      cache = Cache(*columns, length=cache.length + x.shape[1], memory=kept)
     head = self.embedder.embedding.T if self.config.tie_embeddings else self.head()
     return Output(self.norm(x), constrain(head, (None, "vocab")), cache, parts.final_soft_cap)
 

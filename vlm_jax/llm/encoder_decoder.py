@@ -36,8 +36,8 @@ from vlm_jax.nn.attention import (
   make_context,
 )
 from vlm_jax.nn.linear import parameter
-from vlm_jax.nn.mlp import MLP, GatedMLP
-from vlm_jax.nn.norms import LayerNorm, RMSNorm
+from vlm_jax.nn.mlp import FEED_FORWARDS, MLP, GatedMLP
+from vlm_jax.nn.norms import NORMS
 from vlm_jax.nn.relative import DistanceTable
 from vlm_jax.ops.attention import Bias, DistanceBias
 
@@ -45,8 +45,6 @@ __all__ = ["KIND", "RUNS", "Model", "empty_cache", "supports"]
 
 KIND = "encoder-decoder"
 RUNS = ("decoder/layers",)
-NORMS = {"layer": LayerNorm, "rms": RMSNorm}
-FEED_FORWARDS = ("plain", "gated")
 
 
 def supports(mask: IntervalMask) -> str | None:
