@@ -58,22 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
     )
   )
-  config.bridge = ConfigDict(
-    dict(
-      # flamingo: gated layers between those of the language model.
-      every=1,  # n, one before layer i where i % n == first
-      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
-      heads=0,  # 0: the language model's, as below
-      head_dim=0,
-      mlp=0,  # width of the hidden layer, 0: four times the language model's width
-      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
-      norm_eps=1e-5,
-      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
-      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
-      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
-      gate="scalar",  # "scalar", or "vector": a gate for every channel
-    )
-  )
+  config.bridge = _bridge()
   config.tower = ConfigDict(
     dict(
       name="vit",  # module in vlm_jax/towers
@@ -215,6 +200,25 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
   config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
   return config
+
+
+def _bridge() -> ConfigDict:
+  """The gated layers of flamingo between those of the language model."""
+  return ConfigDict(
+    dict(
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
+    )
+  )
 
 
 def _llm() -> ConfigDict:
