@@ -91,27 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",  # weights to start from: safetensors, .npz, .gguf, .pth or a run directory
     )
   )
-  config.connector = ConfigDict(
-    dict(
-      name="mlp",  # module in vlm_jax/connectors
-      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
-      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
-      activation="gelu",
-      bias=True,
-      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
-      factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=64,  # perceiver: K, slots of an image; with the fields below
-      depth=6,
-      heads=8,
-      kv_heads=0,  # key/value groups, 0: as many as heads
-      head_dim=64,
-      norm="layer",  # "layer" or "rms" (Idefics2)
-      norm_eps=1e-5,
-      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
-      qk_norm="",  # "layer": of queries and keys
-      init="",
-    )
-  )
+  config.connector = _connector()
   config.llm = _llm()
   config.attention = ConfigDict(
     dict(
@@ -200,6 +180,31 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
   config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
   return config
+
+
+def _connector() -> ConfigDict:
+  """The connector. A field that names modules is read by those only."""
+  return ConfigDict(
+    dict(
+      name="mlp",  # module in vlm_jax/connectors
+      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
+      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
+      activation="gelu",
+      bias=True,
+      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
+      factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      latents=64,  # perceiver: K, slots of an image; with the fields below
+      depth=6,
+      heads=8,
+      kv_heads=0,  # key/value groups, 0: as many as heads
+      head_dim=64,
+      norm="layer",  # "layer" or "rms" (Idefics2)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
+      qk_norm="",  # "layer": of queries and keys
+      init="",
+    )
+  )
 
 
 def _bridge() -> ConfigDict:
