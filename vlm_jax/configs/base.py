@@ -49,7 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
-      width=512,  # clip: width of the space that pictures and texts share
+      width=512,  # clip, blip2_qformer: width of the space that pictures and texts share
+      start=3,  # blip2_qformer: the token that opens a text which is said (published: 30522)
       new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
       say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
       next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
@@ -188,20 +189,27 @@ def _connector() -> ConfigDict:
     dict(
       name="mlp",  # module in vlm_jax/connectors
       width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
-      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
+      # Of the hidden layer, 0: the language model's; perceiver: 4 `width`; qformer: 4 `slot_width`.
+      hidden=0,
       activation="gelu",
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=64,  # perceiver: K, slots of an image; with the fields below
+      latents=64,  # perceiver, qformer: K, slots of an image; with the fields below
       depth=6,
       heads=8,
-      kv_heads=0,  # key/value groups, 0: as many as heads
+      norm_eps=1e-5,
+      kv_heads=0,  # perceiver: key/value groups, 0: as many as heads; with the fields below
       head_dim=64,
       norm="layer",  # "layer" or "rms" (Idefics2)
-      norm_eps=1e-5,
       feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
       qk_norm="",  # "layer": of queries and keys
+      slot_width=128,  # qformer: D of its slots; with the fields below
+      cross_every=2,  # layers 0, n, 2n, ... see the picture
+      vocab_size=0,  # words that are read beside the queries, 0: none
+      positions=512,  # of words
+      remat="none",
+      unroll=1,
       init="",
     )
   )

@@ -155,7 +155,8 @@ def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str
   """
   if keys is big_vision.LINEAR:  # the head of a tower, whose layers lie beside it
     return lambda key: True
-  numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
+  number = "\0"  # what no key has
+  numbered = lambda key: re.escape(table.LAYER.sub(number, key)).replace(number, r"\d+")
   known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
   known.append(big_vision.UNREAD)
   beside = open_clip.unread(keys)
