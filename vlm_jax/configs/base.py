@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip: width of the space that pictures and texts share
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
-      init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
     )
   )
   config.tower = ConfigDict(
