@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
       next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
       predict_unseen=True,  # flamingo: learn text before a document's first image (Open...: False)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
-      init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
     )
   )
   config.bridge = _bridge()

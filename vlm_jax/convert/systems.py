@@ -45,7 +45,7 @@ from vlm_jax.convert import (
 )
 from vlm_jax.core import batch as batches
 from vlm_jax.core import fusion, pieces, precision
-from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.core.errors import DataError, DiskError, UsageError, nearest
 from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
@@ -288,8 +288,12 @@ def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: st
   if kept:
     config.data.template = kept
     if not path.exists():
-      with new_directory(path) as made:
-        hf_text.keep(directory, made)
+      try:
+        with new_directory(path, "config.data.tokenizer") as made:
+          hf_text.keep(directory, made)
+      except (DiskError, UsageError):
+        if not path.exists():  # else a process beside this one has written the same
+          raise
     pipeline.load_tokenizer(config)
   else:
     tokenizer, new = hf_text.read(directory, fusion.vocabulary(config), config.data.template)

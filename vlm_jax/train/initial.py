@@ -1,6 +1,6 @@
 """Where a new run's parameters come from beside the draw of its seed: `init` of config nodes.
 
-`config.fusion.init` names a whole model, a run or a checkpoint of Hugging Face;
+`config.fusion.init` names a whole model, a run, a checkpoint of Hugging Face or big_vision's .npz;
 `config.tower.init`, `config.connector.init` and `config.llm.init` name weights of single modules in
 any known format (`convert.sources`) or another run, and replace what the whole model has;
 `config.lora.init` names adapters of PEFT. They are read once: a resumed run has its own checkpoint
@@ -72,8 +72,12 @@ def place(params: Params, found: dict[str, np.ndarray]) -> Params:
 
 def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
   """All parameters but adapters: those of the newest or the named checkpoint of a run, with its own
-  adapters merged, or those of a checkpoint of Hugging Face."""
+  adapters merged, or those of a checkpoint of Hugging Face or big_vision."""
   init = Path(config.fusion.init)
+  mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+  if init.suffix == ".npz":
+    return sources.load_npz(init, config, {path: leaf.shape for path, leaf in mine.items()},
+                            np.dtype(next(iter(mine.values())).dtype))
   if systems.is_published(init):
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
@@ -86,7 +90,6 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
     if any(map(is_adapter, contents.arrays)):
       params, _ = adapters.merge(params, load_config(folder.parent))
   flat = flatten(params)
-  mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
   _same(f"config.fusion.init={init}", flat, mine)
   return {path: array.astype(mine[path].dtype) for path, array in flat.items()}
 
