@@ -142,8 +142,8 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
       raise UsageError(f"config.evals: options is 'letters', but config.fusion.name "
                        f"'{config.fusion.name}' says nothing; set it to 'text'")
     if "none" in (entry.images, *entry.controls):
-      raise UsageError(f"config.evals: config.fusion.name '{config.fusion.name}' chooses a text for "
-                       "a picture, so images and controls cannot be 'none'; set "
+      raise UsageError(f"config.evals: config.fusion.name '{config.fusion.name}' chooses a text "
+                       "for a picture, so images and controls cannot be 'none'; set "
                        "controls=('shuffled',)")
 
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
