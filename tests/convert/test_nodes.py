@@ -81,6 +81,22 @@ def test_a_tower_alone_there_and_back(tower, tmp_path):
     nodes.write_node(tmp_path / "ours", "towers", config.tower, params)
 
 
+def test_a_text_tower_alone_there_and_back(tmp_path):
+  model = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+    vocab_size=31, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+    num_attention_heads=3, max_position_embeddings=7, bos_token_id=0, eos_token_id=30))
+  model.save_pretrained(tmp_path / "theirs")
+  fields, params = nodes.read_node(tmp_path / "theirs", "llm")
+  config = base.get_config()
+  config.llm.update(fields)
+  nodes.write_node(tmp_path / "ours", "llm", config.llm, params)
+  same, info = transformers.CLIPTextModel.from_pretrained(
+    tmp_path / "ours", output_loading_info=True)
+  assert not any(info.values()), info
+  for key, value in model.state_dict().items():
+    assert torch.equal(value, same.state_dict()[key]), key
+
+
 def test_towers_of_transformers_4_have_a_prefix(tower, tmp_path):
   _, directory = tower
   with safetensors_io.Reader(directory) as reader:

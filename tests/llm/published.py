@@ -70,8 +70,8 @@ class Reference:
     with torch.no_grad():
       for name, weight in self.model.named_parameters():
         sharp = 0.3 if name.endswith(SHARP) else 0.1
-        center = 0.0 if "Gemma" in kind.__name__ or "norm" not in name else 1.0
-        weight.normal_(center, sharp)
+        around_one = name.endswith("norm.weight") and "Gemma" not in kind.__name__
+        weight.normal_(float(around_one), sharp)
     self.model.save_pretrained(directory)
     self.config = base.get_config()
     fields, self.params = nodes.read_node(directory, "llm")

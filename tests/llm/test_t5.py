@@ -13,8 +13,9 @@ import transformers
 from tests.fusion import testing as contract
 from tests.llm import published
 from vlm_jax.configs import base
+from vlm_jax.convert import nodes, safetensors_io, sources
 from vlm_jax.core.document import Encoded, Tokens
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.generate.decode import generate
@@ -76,6 +77,29 @@ def test_logits_and_gradients(reference):
 
 def test_files(reference, tmp_path):
   published.check_files(reference, tmp_path)
+
+
+def test_old_files_hold_more(reference, tmp_path):
+  """The embedding under three names, and distances of cross-attention that nobody reads."""
+  node = safetensors_io.read_json(reference.directory / "config.json")
+  safetensors_io.write_json(tmp_path / "config.json", node)
+  with safetensors_io.Reader(reference.directory) as reader:
+    arrays = {key: reader[key] for key in reader.shapes}
+  arrays |= {key: arrays["shared.weight"] for key in t5.UNREAD}
+  safetensors_io.write(tmp_path, {
+    key: safetensors_io.Tensor(array.shape, array.dtype, lambda array=array: array)
+    for key, array in arrays.items()})
+  fields, params = nodes.read_node(tmp_path, "llm")
+  jax.tree.map(np.testing.assert_array_equal, params, reference.params)
+  flat = flatten(params)
+  shapes = {path: leaf.shape for path, leaf in flat.items()}
+  load = lambda config: sources.load_node(tmp_path, "llm", config, shapes, np.dtype("float32"))
+  assert load(reference.config).keys() == flat.keys()
+  if not fields["tie_embeddings"]:
+    config = reference.config.copy_and_resolve_references()
+    config.llm.tie_embeddings = True
+    with pytest.raises(DataError, match="lm_head.weight differs from shared.weight"):
+      load(config)
 
 
 def test_greedy_tokens(reference):

@@ -5,7 +5,8 @@ Every published module of a floor names its MODEL_TYPES and has, beside its KEYS
   read_hf(theirs)   their node to the fields of ours (`config.llm`, `config.tower`)
   write_hf(config)  the inverse, with its model_type
 
-A directory that holds one module alone (a language model, a tower) is read and written here too.
+and perhaps UNREAD, the keys that a file may hold beside them. A directory with one module alone (a
+language model, a tower) is read and written here too.
 """
 
 import os
@@ -29,7 +30,7 @@ from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
 EMBEDDING, HEAD = "embed/embedding", "lm_head.weight"  # of a language model; the second is theirs
-SPELLINGS = ((r"^vision_model\.", ""),)  # towers alone, as transformers 4 writes them
+SPELLINGS = ((r"^(vision|text)_model\.", ""),)  # towers alone, as transformers 4 writes them
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # constants that old files store
 
 
@@ -93,7 +94,8 @@ def read_node(directory: str | os.PathLike, floor: str) -> tuple[dict[str, Any],
   fields = read(safetensors_io.read_json(Path(directory) / "config.json"), floor)
   with safetensors_io.Reader(directory) as reader:
     tied = HEAD if fields.get("tie_embeddings") else None
-    return fields, load(reader, entries(fields, floor), tied, table.renamer(SPELLINGS))
+    unread = getattr(fusion.find(floor, fields["name"]), "UNREAD", ())
+    return fields, load(reader, entries(fields, floor), tied, table.renamer(SPELLINGS), unread)
 
 
 def write_node(

@@ -76,7 +76,14 @@ class Model(_decoder.Decoder):
 
   @staticmethod
   def parts(config: ConfigDict) -> Parts:
-    """No rotation; a plain MLP."""
+    """No rotation; a plain MLP.
+
+    Raises:
+      UsageError: no positions at all.
+    """
+    if not config.positions:
+      raise UsageError("config.llm.positions is 0, but positions of config.llm.name 'opt' are "
+                       "learned; set it to the longest document's tokens (2048 as published)")
     return Parts(kinds=(Kind(None),), norm=LayerNorm, qkv_bias=config.linear_bias,
                  bias=config.linear_bias, gated=False, positions=config.positions,
                  positions_unread=POSITIONS_UNREAD)
