@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
       mlp=512,
       heads=4,
       class_token=False,  # prepend a learned token (dropped again before the connector)
+      read_class=False,  # vit: that token is a feature too, before those of the patches
       pre_norm=False,  # CLIP: a LayerNorm before the first block
       post_norm=True,  # LayerNorm after the last block
       feature_layer=-1,  # hidden state the connector reads: -1 last, -2 the one before (LLaVA)
@@ -92,6 +93,9 @@ def get_config(arg: str = "") -> ConfigDict:
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      latents=32,  # attention_pool: K, learned queries, as many slots of an image
+      heads=4,
+      norm_eps=1e-5,
       init="",
     )
   )

@@ -27,7 +27,7 @@ from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
 from vlm_jax.nn.norms import LayerNorm
 from vlm_jax.towers import vit
-from vlm_jax.towers.vit import grid
+from vlm_jax.towers.vit import patch_grid as grid
 
 __all__ = ["KEYS", "MODEL_TYPES", "Model", "attention_shape", "grid", "read_hf", "unread",
            "write_hf"]

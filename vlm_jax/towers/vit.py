@@ -135,7 +135,7 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
     "class_token": family.class_token, "pre_norm": family.pre_norm,
     "patch_bias": family.patch_bias, "mean": family.mean, "std": family.std,
     "post_norm": True, "pool": "tok" if family.class_token else head, "feature_layer": -1,
-    "position_size": 0, "position_resize": "bicubic",
+    "position_size": 0, "position_resize": "bicubic", "read_class": False,
   }
 
 
@@ -178,15 +178,29 @@ def size(name: str) -> dict[str, int]:
   return fields | ({"patch": int(patch)} if patch else {})
 
 
-def grid(config: ConfigDict) -> tuple[int, int]:
+def patch_grid(config: ConfigDict) -> tuple[int, int]:
   """Rows and columns of patches."""
   side = config.image_size // config.patch
   return side, side
 
 
+def grid(config: ConfigDict) -> tuple[int, int]:
+  """Rows and columns of features: those of the patches; with the class token before them, one row.
+
+  Raises:
+    UsageError: the class token is to be read, and there is none.
+  """
+  rows, columns = patch_grid(config)
+  if not config.read_class:
+    return rows, columns
+  if not config.class_token:
+    raise UsageError("config.tower.read_class needs config.tower.class_token=True")
+  return 1, 1 + rows * columns
+
+
 def attention_shape(config: ConfigDict) -> tuple[int, int, int, int]:
   """(T, H, G, C) of every layer's attention."""
-  rows, columns = grid(config)
+  rows, columns = patch_grid(config)
   length = rows * columns + int(config.class_token)
   return length, config.heads, config.heads, config.width // config.heads
 
@@ -233,9 +247,9 @@ def positions(module: nn.Module, config: ConfigDict, tokens: int, precision: Pre
     if tokens:
       raise UsageError("config.tower.class_token is True, but config.data.decode.fit 'naflex' is "
                        "read by towers without one; use config.tower.name 'siglip2'")
-    rows, columns = grid(config)
+    rows, columns = patch_grid(config)
     return resize_each(table, (side, side), grids, rows * columns, config.position_resize)
-  resized = resize_grid(table[tokens:], (side, side), grid(config), config.position_resize)
+  resized = resize_grid(table[tokens:], (side, side), patch_grid(config), config.position_resize)
   return jnp.concatenate([table[:tokens], resized]) if tokens else resized
 
 
@@ -307,7 +321,8 @@ class Model(nn.Module):
 
     `feature_layer` -1 reads the last block, behind `post_norm`; -2 the one before it (LLaVA),
     without norm. Layers that nothing reads have parameters and are not computed. The class token
-    is dropped. Patches behind the grid of an image are seen by none, and mean nothing.
+    is dropped, or with `read_class` the first of the patches. Patches behind the grid of an image
+    are seen by none, and mean nothing.
 
     Raises:
       UsageError: a feature_layer, pool or combination that does not exist.
@@ -335,7 +350,7 @@ class Model(nn.Module):
     x = run_blocks(Block, x, depth, config, self.attention, precision, mask)
     if config.post_norm and depth == config.depth:
       x = LayerNorm(config.norm_eps, precision, name="post_norm")(x)
-    return features(x, tokens, (batch, images), config, precision, mask)
+    return features(x, tokens, (batch, images), config, precision, mask, config.read_class)
 
 
 # Parts of a tower, called inside its compact `__call__`, where their modules belong to it.
@@ -370,10 +385,11 @@ def run_blocks(block: type[nn.Module], x: Array, used: int, config: ConfigDict,
 
 
 def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
-             precision: Precision, mask: IntervalMask | None = None) -> Features:
+             precision: Precision, mask: IntervalMask | None = None,
+             whole: bool = False) -> Features:
   """f[B*N,T,D] of which the first `tokens` are no patches to Features of (B, N) = `outer`.
 
-  Of a mask only pooling by "map" knows.
+  Of a mask only pooling by "map" knows. `whole`: those tokens stay before the patches.
   """
   if config.pool == "map":
     pooled = MapPool(config, precision, name="pool")(x, mask)
@@ -381,7 +397,8 @@ def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
     pooled = {"none": None, "tok": x[:, 0], "gap": x[:, tokens:].mean(axis=1)}[config.pool]
   if pooled is not None:
     pooled = pooled.reshape(*outer, config.width)
-  return Features(x[:, tokens:].reshape(*outer, -1, config.width), pooled)
+  x = x if whole else x[:, tokens:]
+  return Features(x.reshape(*outer, -1, config.width), pooled)
 
 
 def unread(config: ConfigDict) -> tuple[str, ...]:
