@@ -219,8 +219,10 @@ def _llm() -> ConfigDict:
       window=0,  # gemma: slots back that a local layer sees, itself counted; 0: all layers global
       global_every=1,  # gemma: every n-th layer is global, the others are local
       local_theta=0.0,  # gemma: rope_theta of local layers, which are not scaled; 0: as the others
-      encoder_depth=0,  # encoder_decoder: layers of the encoder, 0: as many as the decoder
-      positions=0,  # learned. encoder_decoder: of each side, 0: none; text_tower: a text's length
+      encoder_depth=0,  # encoder_decoder: layers of the encoder, two_halves: of the first; 0: depth
+      positions=0,  # learned. encoder_decoder: of each side, 0: none; text_tower: a text's length,
+      # two_halves: of the longest, beside which its class token has one more
+      cross="inside",  # two_halves: another stream is read before the MLP of a layer, or "behind"
       attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
       pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
       eos=2,  # text_tower: the id that ends a text, for pool "eos"
