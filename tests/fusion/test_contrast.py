@@ -177,10 +177,13 @@ def test_accumulation_is_one_big_batch():  # 7
 
 
 def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
+  """And that of a sum over rows beside it."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   params, data = {"a": draw(5, 3), "scale": jnp.float32(1.3)}, (draw(12, 5), draw(12, 5))
   embed = lambda params, micro: (*(clip.unit(x @ params["a"]) for x in micro), params["scale"] * 2)
+  added = lambda params, micro: jnp.sum(jnp.square(micro[0] @ params["a"])) / 7
+  forward = lambda params, micro: (embed(params, micro), added(params, micro), added(params, micro))
 
   def loss(output):
     image, text, scale = output
@@ -189,14 +192,15 @@ def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
     losses = softmax_losses(Pairs(image, text, every, digests), scale)
     return losses.sum(), losses.sum()
 
-  grad = jax.jit(jax.grad(lambda params, data: loss(embed(params, data))[0]),
-                 compiler_options=FAST)
+  whole = lambda params, data: loss(embed(params, data))[0] + added(params, data)
+  grad = jax.jit(jax.grad(whole), compiler_options=FAST)
   expected = grad(params, data)
   cut = lambda x: x.reshape(3, 4, *x.shape[1:])
   join = lambda x: x.reshape(12, *x.shape[2:])
-  run = lambda params, micros: accumulate.cached(embed, loss, params, micros, 3, join, cut)
-  value, got = jax.jit(run, compiler_options=FAST)(params, jax.tree.map(cut, data))
+  run = lambda params, micros: accumulate.cached(forward, loss, params, micros, 3, join, cut)
+  (value, more), got = jax.jit(run, compiler_options=FAST)(params, jax.tree.map(cut, data))
   assert value == pytest.approx(float(loss(embed(params, data))[0]), rel=1e-6)
+  assert more == pytest.approx(float(added(params, data)), rel=1e-6)
   assert t.error(got, expected) < 1e-5
   parts = [grad(params, tuple(cut(x)[at] for x in data)) for at in range(3)]
   assert t.error(jax.tree.map(lambda *leaves: sum(leaves), *parts), expected) > LOUD * 1e-5

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Fusion
+from vlm_jax.core.fusion import Fusion, embeddings_of
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.nn.linear import DROPOUT
 from vlm_jax.train import accumulate
@@ -71,7 +71,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   def total(output, batch: Batch, scale: dict):
     with jax.named_scope("loss"):
       sums = module.losses(output, batch, config)
-    return sum(jnp.sum(scale[name] * sums[name]) for name in scale), {n: sums[n] for n in scale}
+    found = {name: sums[name] for name in scale}
+    return sum((jnp.sum(scale[name] * found[name]) for name in scale), jnp.float32(0)), found
 
   def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
     return total(run(moved, params, batch, rng), batch, scale)
@@ -95,12 +96,19 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
     else:
       zeros = jax.tree.map(jnp.zeros_like, (scale, moved))
       micros = jnp.arange(parts), {path: _split(array, parts, mesh) for path, array in flat.items()}
-      if scale.keys() & getattr(module, "GLOBAL", ()):
-        sums, grads = accumulate.cached(
-          lambda moved, micro: run(moved, state.params, from_flat(micro[1]),
-                                   jax.random.fold_in(rng, micro[0])),
-          lambda output: total(output, batch, scale), moved, micros, parts,
-          lambda array: _join(array, mesh), lambda array: _split(array, parts, mesh))
+      if compared := {name: scale[name] for name in scale if name in getattr(
+          module, "GLOBAL", ())}:
+        alone = {name: scale[name] for name in scale if name not in compared}
+
+        def micro_forward(moved, micro):
+          rows = from_flat(micro[1])
+          output = run(moved, state.params, rows, jax.random.fold_in(rng, micro[0]))
+          return embeddings_of(output), *total(output, rows, alone)
+
+        (found, added), grads = accumulate.cached(
+          micro_forward, lambda embeddings: total(embeddings, batch, compared), moved, micros,
+          parts, lambda array: _join(array, mesh), lambda array: _split(array, parts, mesh))
+        sums = found | added
       else:
         (sums, grads), _ = jax.lax.scan(add, zeros, micros)
 
