@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import IGNORE, mask_axes, owners_of, streams_of
+from vlm_jax.core.layout import IGNORE, heard, mask_axes, owners_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -93,9 +93,16 @@ def _documents(batch: Flat) -> list[tuple[int, int]]:
 
 
 def _slots(batch: Flat, row: int, number: int) -> dict[str, np.ndarray]:
-  """Path of a stream, or of texts of fixed length, to the slots of a document."""
+  """Path of a stream, or of texts that are compared, to the slots of a document."""
   return {path: np.flatnonzero(batch[f"{path}/segment_ids"][row] == number)
           for path in owners_of(batch)}
+
+
+def read_streams(config: ConfigDict) -> list[str]:
+  """Paths of what has words of its own: streams that are heard, or else texts of fixed length."""
+  module = find_fusion(config)
+  fields = module.fields(config)
+  return owners_of(heard(fields, module.STREAM) if module.STREAM else fields)
 
 
 def histogram(values: list[int], bins: int = 8) -> list[str]:
@@ -116,11 +123,10 @@ def show(config: ConfigDict, batch: Flat, examples: int) -> list[str]:
 
   Several streams are written one after the other, with " | " between them.
   """
-  tokenizer = pipeline.load_tokenizer(config)
-  lines = []
+  tokenizer, paths, lines = pipeline.load_tokenizer(config), read_streams(config), []
   for row, number in _documents(batch)[:examples]:
-    parts = [written(batch, path, row, slots, tokenizer)
-             for path, slots in _slots(batch, row, number).items()]
+    slots = _slots(batch, row, number)
+    parts = [written(batch, path, row, slots[path], tokenizer) for path in paths]
     lines += [f"row {row}, document {number}:", "  " + " | ".join(parts)]
   return lines
 
@@ -161,6 +167,12 @@ def kinds_of(batch: Flat, stream: str, row: int) -> list[str]:
           else "predicted" if predicted[i] else "prompt" for i in range(len(fill))]
 
 
+def kinds_of_table(batch: Flat, row: int, size: int) -> list[str]:
+  """The kind of every one of `size` rows of the media table, which images share evenly."""
+  there = batch["media/images/segment_ids"][row] > 0
+  return ["image" if one else "padding" for one in np.repeat(there, size // len(there))]
+
+
 def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
   """The first rows as a picture: token kinds on two sides of every mask, one pixel a pair.
 
@@ -174,17 +186,18 @@ def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
   if not masks:
     raise UsageError(f"config.fusion.name '{config.fusion.name}' has no packed stream and no mask "
                      "to draw; leave the picture out")
-  axes = mask_axes(find_fusion(config).fields(config))
+  module = find_fusion(config)
+  axes, length = mask_axes(module.fields(config)), module.axes(config)
   rows = min(rows, len(next(iter(masks.values())).lo))
   strip, gap, legend = 12, 16, 24
-  length = {name: batch[f"streams/{name}/tokens"].shape[1] for name in streams_of(batch)}
   panels = [(name, row) for row in range(rows) for name in axes]
   width = sum(strip + length[axes[name][1]] + gap for name, _ in panels) - gap
-  side = strip + max(length.values())
+  side = strip + max(length[queries] for queries, _ in axes.values())
   canvas = Image.new("RGB", (width, side + legend), UNSEEN)
   left = 0
-  colours = lambda stream, row: np.array(
-    [COLOURS[kind] for kind in kinds_of(batch, stream, row)], np.uint8)
+  kinds = lambda axis, row: (kinds_of_table(batch, row, length[axis]) if axis == "table"
+                             else kinds_of(batch, axis, row))
+  colours = lambda axis, row: np.array([COLOURS[kind] for kind in kinds(axis, row)], np.uint8)
   for name, row in panels:
     queries, keys = axes[name]
     one = jax.tree.map(lambda field, row=row: np.asarray(field[row]), masks[name])
