@@ -9,7 +9,7 @@ from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data.pack import Packer
 
-NAMES = ("clip", "siglip")
+NAMES = ("clip", "siglip", "coca")
 LENGTH = 7
 END = t.VOCAB - 1
 
@@ -25,8 +25,12 @@ def get_config(name: str, rows: int = 2) -> ConfigDict:
                     kv_heads=4, positions=LENGTH, activation="gelu", eos=END)
   if name == "siglip":
     config.llm.update(attends="full", pool="last")
+  if name == "coca":
+    config.tower.pool = "none"
+    config.connector.update(name="attention_pool", latents=t.K, heads=2)
+    config.llm.update(name="two_halves", tie_embeddings=False)
   config.attention.implementation = "dense"
-  config.data.update(rows=rows, images=4)
+  config.data.update(rows=rows, images=4, tokens=4 * LENGTH)
   config.data.sources.pairs = base.source(form="caption")
   config.data.sources.words = base.source(form="caption")
   return config

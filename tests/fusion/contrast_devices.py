@@ -30,7 +30,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 def main() -> int:
-  for name in c.NAMES:
+  for name in MESHES:
     config = c.get_config(name, ROWS)
     module, params, flat = find_fusion(config), t.noise_params(config), c.batch(config)
     flat["documents/captions/digests"][5, 0] = flat["documents/captions/digests"][2, 1]

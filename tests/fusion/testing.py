@@ -16,7 +16,7 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tiles, Tokens
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout, mask_axes, streams_of
+from vlm_jax.core.layout import Layout, heard, mask_axes, streams_of
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
@@ -36,11 +36,13 @@ VARIANTS = [
   ("simvlm", None, True),
   ("llava_next", "causal", False),
   ("llava_next", "causal", True),
+  ("coca", None, False),
 ]
 # What a strategy needs of the language model beside the sizes below.
 LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
+  "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
 }
 
 
@@ -55,6 +57,8 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
   config.llm.update(LLM.get(name, {}))
   config.attention.update(block_q=16, block_k=16)
   config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
+  if name == "coca":
+    config.connector.update(name="attention_pool", latents=K, heads=2)
   if name == "llava_next":
     config.data.update(tokens=64, images=12)
     config.data.decode.grids = ((1, 2),)
@@ -220,6 +224,12 @@ def silence(grads: dict) -> dict:
   return unflatten(flat)
 
 
+def heard_masks(config: ConfigDict) -> list[str]:
+  """The masks that logits depend on."""
+  module = find_fusion(config)
+  return sorted(mask_axes(heard(module.fields(config), module.STREAM)))
+
+
 def joined(masks: dict, config: ConfigDict) -> np.ndarray:
   """bool[..., n, n], who sees whom among the slots of all streams, in the order of the fields.
 
@@ -246,6 +256,7 @@ def error(got, expected) -> float:
   """Largest difference as a share of the largest expected value, over all leaves."""
   leaves = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
   return max(
-    float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(b)).max(), 1e-30))
+    float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)
+          / np.abs(np.asarray(b)).max(initial=1e-30))
     for a, b in leaves
   )

@@ -48,8 +48,10 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
-      width=512,  # clip: width of the space that pictures and texts share
+      width=512,  # clip, coca: width of the space that pictures and texts share
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
+      pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
+      compat="",  # coca: "open_clip" has the mask of the class token that was released there
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
     )
   )

@@ -31,6 +31,7 @@ from flax.core import meta
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import (
+  coca,
   hf_text,
   llava,
   nodes,
@@ -51,7 +52,7 @@ from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.data import pipeline
 
 CONFIG = "config.json"
-CONVERTERS = (llava, paligemma, two_towers)
+CONVERTERS = (llava, paligemma, two_towers, coca)
 
 
 def is_published(directory: str | os.PathLike) -> bool:
