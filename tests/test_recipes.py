@@ -73,3 +73,32 @@ def test_words(name):
   for words in ("debug", "13b", "debug,pretrain"):
     config = recipes.load(f"configs/{name}.py:{words}")
     assert config.train.steps == 50 or "debug" not in words
+
+
+def test_flamingo_trains_its_bridge():
+  config = recipes.load("configs/flamingo.py")
+  assert moved(config) == {"bridge", "connector", "new_embed"}
+  shapes = systems.shapes(config)
+  # Eight of 32 layers: OpenFlamingo-9B's.
+  assert shapes["bridge/attention/query/kernel"] == (8, 4096, 8, 64)
+  assert shapes["bridge/attention/key/kernel"] == (8, 1024, 8, 64)
+  assert shapes["bridge/mlp/up/kernel"] == (8, 4096, 16384)
+  assert shapes["connector/latents"] == (64, 1024)
+  assert len(find_fusion(config).rows(config)) == 64
+  weights = {name: source.weight for name, source in config.data.sources.items()}
+  assert weights == {"pages": 1.0, "captions": 0.2}
+  debug = recipes.load("configs/flamingo.py:debug")
+  assert moved(debug) == {"bridge", "connector", "llm", "new_embed", "tower"}
+
+
+def test_the_small_flamingo_has_the_pieces_and_steps_of_the_small_llava():
+  config = recipes.load("configs/flamingo_smollm2.py")
+  stages = [recipes.load(f"configs/llava_smollm2.py:{stage}") for stage in ("connector", "lora")]
+  llava = stages[1]
+  for node in ("tower", "llm", "data", "weights", "evals"):
+    assert config[node].to_dict() == llava[node].to_dict(), node
+  assert config.train.steps == sum(stage.train.steps for stage in stages)
+  assert moved(config) == {"bridge", "connector", "new_embed"}
+  assert systems.shapes(config)["bridge/attention_gate"] == (5, 1)
+  debug = recipes.load("configs/flamingo_smollm2.py:debug")
+  assert not debug.weights and systems.shapes(debug)["bridge/mlp_gate"] == (1, 1)

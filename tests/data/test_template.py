@@ -42,6 +42,20 @@ def test_conversation(words):
     "1 0 <user>so", "1 0 <assistant>no<eos>", "2 0 <user>go", "2 0 <assistant>[x][y][<eos>]"]
 
 
+def test_plain_begins_with_a_mark_and_then_every_part_is_a_line(words):
+  lines = tokenizer.Tokenizer(words.inner, "plain")
+  encoded = encode(lines, Image(PIXELS), Text("hi", "user", branch=1),
+                   Text("yo", "assistant", True, 1), Text("be", "user", branch=2),
+                   Text("so", "assistant", True, 2))
+  assert golden(encoded, lines) == [
+    "0 0 <bos>", "0 image", "1 1 \nhi", "1 1 \n[y][o][<eos>]", "2 2 \nbe", "2 2 \n[s][o][<eos>]"]
+  prompt = encode(lines, Image(PIXELS), Text("hi", "user"), Text("", "assistant"),
+                  function=template.encode_prompt)
+  assert golden(prompt, lines) == ["0 0 <bos>", "0 image", "0 0 \nhi", "0 0 \n"]
+  caption = encode(lines, Image(PIXELS), Text("yo", loss=True))
+  assert golden(caption, lines) == ["0 0 <bos>", "0 image", "0 0 \n[y][o][<eos>]"]
+
+
 def test_newline_is_paligemmas(words):
   """<bos> opens the prompt, a line break the answer; it is a token of its own and no prediction."""
   lines = tokenizer.Tokenizer(words.inner, "newline")

@@ -62,7 +62,8 @@ def main() -> int:
   meshes = ALL_MESHES if "--all" in sys.argv else MESHES
   # The strategies of a group have one network, compiled once.
   groups = [[("concat", "bidirectional", True), ("prefix_lm", None, True)],
-            [("simvlm", None, True)], [("llava_next", "causal", True)]]
+            [("simvlm", None, True)], [("llava_next", "causal", True)],
+            [("flamingo", "last", True)]]
   return 0 if all(same(variants, meshes) for variants in groups) else 1
 
 

@@ -70,7 +70,7 @@ def run(config, flat, params=None, **factors):
 def test_docstring_pictures_are_the_masks(compat):
   config = t.get_config("coca")
   config.fusion.compat = compat
-  drawn = [one for one in contract.pictures(coca.__doc__) if ("x" in one[0]) == bool(compat)]
+  drawn = [one for one in contract.pictures(coca.__doc__) if ("z" in one[0]) == bool(compat)]
   assert len(drawn) == 1
   labels, image = drawn[0]
   found = lay_out(contract.picture_document(labels), config)

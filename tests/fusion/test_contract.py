@@ -19,7 +19,7 @@ from tests.fusion import testing as t
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import IGNORE, mask_axes, streams_of
+from vlm_jax.core.layout import IGNORE, streams_of
 from vlm_jax.core.mask import IntervalMask, draw
 from vlm_jax.core.tree import flatten
 
@@ -38,7 +38,7 @@ fan_outs = pytest.mark.parametrize(
 # One variant a strategy, where what is tested does not depend on its layout.
 ones = pytest.mark.parametrize(
   "variant", [t.VARIANTS[0], ("prefix_lm", None, True), ("simvlm", None, True),
-              ("llava_next", "causal", True)], ids=lambda v: v[0]
+              ("llava_next", "causal", True), ("flamingo", "last", True)], ids=lambda v: v[0]
 )
 
 
@@ -118,13 +118,15 @@ def perturbed(document: Encoded, rng) -> Encoded:
 
 
 def closure(masks: dict[str, IntervalMask], config) -> np.ndarray:
-  """bool[B,T,n]: which of the slots of all streams the logits of slot i depend on, itself included.
+  """bool[B,T,n]: which of the slots of all streams, and behind them of the rows of a media table
+  that is read, the logits of slot i depend on, itself included.
 
   Streams are computed one after the other, in the order of the fields, and a later one sees an
   earlier one as it is after its last layer. Those behind the one that speaks are not heard by it.
   """
-  step = t.joined(masks, config)
-  step |= np.eye(step.shape[-1], dtype=bool)
+  step = t.joined(masks, config, table_rows(config))
+  unread = np.zeros((*step.shape[:-2], step.shape[-1] - step.shape[-2], step.shape[-1]), bool)
+  step = np.concatenate([step, unread], axis=-2) | np.eye(step.shape[-1], dtype=bool)
   reach = np.broadcast_to(np.eye(step.shape[-1], dtype=bool), step.shape)
   start, speaks = 0, find_fusion(config).STREAM
   for stream in streams_of(find_fusion(config).fields(config)):
@@ -142,8 +144,14 @@ def closure(masks: dict[str, IntervalMask], config) -> np.ndarray:
       return reach[:, mine]
 
 
+def table_rows(config) -> int:
+  """Rows of the media table that a mask has for keys."""
+  return find_fusion(config).axes(config)["table"] if t.reads_table(config) else 0
+
+
 def influence(config, params, flat, out) -> np.ndarray:
-  """bool[B,T,n]: [b, i, j] whether the logits of slot i change when the input of slot j does."""
+  """bool[B,T,n]: [b, i, j] whether the logits of slot i change when the input of slot j does; that
+  of a row of the media table is the image it is made of."""
   result = []
   for stream in streams_of(find_fusion(config).fields(config)):
     fill, tokens = f"streams/{stream}/fill", f"streams/{stream}/tokens"
@@ -153,6 +161,12 @@ def influence(config, params, flat, out) -> np.ndarray:
       other[fill][:, slot] = IGNORE
       other[tokens][:, slot] = (other[tokens][:, slot] + 7) % t.VOCAB
       result.append((t.logits(config, params, other) != out).any(-1))
+  images = "media/images/values"
+  for image in range(flat[images].shape[1] * t.reads_table(config)):
+    other = flat | {images: flat[images].copy()}
+    other[images][:, image] = 255 - other[images][:, image]
+    changed = (t.logits(config, params, other) != out).any(-1)
+    result += [changed] * len(find_fusion(config).rows(config))
   return np.stack(result, axis=-1)
 
 
@@ -162,10 +176,8 @@ def test_influence_is_the_closure_of_the_mask(variant, made):
   got = influence(config, params, flat, out)
   masks = from_flat(flat).masks
   np.testing.assert_array_equal(got, closure(masks, config))
-  # Twin: one more key to the right is noticed; other masks than of streams are tested elsewhere.
-  module = find_fusion(config)
-  streams, axes = streams_of(module.fields(config)), mask_axes(module.fields(config))
-  for name in (name for name in t.heard_masks(config) if axes[name][1] in streams):
+  # Twin: one more key to the right is noticed.
+  for name in t.heard_masks(config):
     mask = masks[name]
     off = dataclasses.replace(mask, hi=np.where(mask.hi > mask.lo, mask.hi + 1, mask.hi))
     assert (got != closure({**masks, name: off}, config)).any(), name
@@ -177,16 +189,21 @@ def test_influence_is_the_closure_of_the_mask(variant, made):
 def picture_document(labels: str) -> Encoded:
   """The document of a picture's labels: i image, n its newline, s c d predicted, a b c d branches.
 
-  > is the start of a decoder, or a class token with padding x before it, which no document
-  contains; branches come one after the other.
+  e is an image of one slot, whose rows of the media table are x, y: they are no slots. > is the
+  start of a decoder, or a class token with padding z before it, which no document contains;
+  branches come one after the other.
   """
   rng, parts, index = np.random.default_rng(0), [], 0
-  labels = labels.replace("x>", "").replace(">", "")
+  labels = re.sub("[>xyz]", "", labels)
   branches = {"a": 1, "b": 2}
   if "c" in labels:
     branches |= {"c": 1, "d": 2}
   while index < len(labels):
     label = labels[index]
+    if label == "e":
+      parts.append(t.pixels(rng))
+      index += 1
+      continue
     if label == "i":
       parts.append(t.pixels(rng))
       index += t.K
@@ -206,7 +223,7 @@ def pictures(text: str) -> list[tuple[str, str]]:
   for number, line in enumerate(lines):
     for match in re.finditer(r"(?<=  )[a-z]( [a-z>])+(?=  |$)", line):
       labels = match.group().replace(" ", "")
-      rows = lines[number + 1 : number + 1 + len(labels)]
+      rows = lines[number + 1 : number + 1 + len(re.sub("[xy]", "", labels))]
       if len(labels) < 5 or not all(re.search(r"[1.] [1.]", row) for row in rows):
         continue
       start, stop = match.start() - 2, match.end()
@@ -220,15 +237,16 @@ def test_docstring_picture_is_the_mask(variant):
   config = t.get_config(*variant)
   module = find_fusion(config)
   drawn = [(labels, image) for labels, image in pictures(module.__doc__)
-           if ("a" in labels) == fan_out and "x" not in labels]  # padding: in test_coca.py
+           if ("a" in labels) == fan_out and "z" not in labels]  # padding: in test_coca.py
   matches = []
   for labels, image in drawn:
     layout = t.lay_out([picture_document(labels)], config)[0]
     masks = from_flat({path: values for path, values in layout.arrays.items()
                        if path.startswith("masks/")}).masks
-    matches.append(draw(t.joined(masks, config), labels) == image)
-  if name == "concat" and not fan_out:
-    assert matches == [attends == "causal", attends == "bidirectional"]
+    table = layout.sizes["table"] * t.reads_table(config)
+    matches.append(draw(t.joined(masks, config, table), labels) == image)
+  if name in ("concat", "flamingo") and not fan_out:
+    assert matches == [attends in ("causal", "last"), attends in ("bidirectional", "all")]
   elif attends == "bidirectional":
     assert matches == [False]  # branches are drawn for causal images
   else:
@@ -278,9 +296,10 @@ def test_gradients_of_rows_of_one_kind(variant, made):
   images = Encoded(tuple(t.pixels(rng) for _ in range(4)), "pairs", "images")
   loss, grads = t.value_and_grad(config, params, t.pack(t.lay_out([text], config), config)[0])
   assert np.isfinite(loss)
-  # Text alone: no gradient reaches the image side, and what reaches the rest is finite.
+  # Text alone: no gradient reaches the image side, and what reaches the rest is finite. Gated
+  # layers are on both sides: what they do to text is in test_flamingo.py.
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-  images_only = [part for part in grads if part != "llm"]
+  images_only = [part for part in grads if part not in ("llm", "bridge")]
   assert {"tower", "connector"} <= set(images_only)
   assert not any(np.any(leaf) for part in images_only for leaf in jax.tree.leaves(grads[part]))
   loss, grads = t.value_and_grad(config, params, t.pack(t.lay_out([images], config), config)[0])
@@ -318,7 +337,7 @@ def test_accumulation_is_one_big_batch(variant, made):
 
 
 @pytest.mark.parametrize(
-  "meshes, oks", [((), 4), pytest.param(("--all",), 16, marks=pytest.mark.long)], ids=["one", "all"]
+  "meshes, oks", [((), 5), pytest.param(("--all",), 20, marks=pytest.mark.long)], ids=["one", "all"]
 )
 def test_eight_devices_are_one(meshes, oks):
   script = Path(__file__).with_name("eight_devices.py")
@@ -347,8 +366,10 @@ def test_gradients_reach_the_stage(variant, made):
     trained = {path for path in reached
                if any(re.fullmatch(pattern, path) for pattern in stage.trainable)}
     parts = {path.split("/")[0] for path in trained}
-    learned = {"newline"} & set(grads)  # the strategy's own rows train with the connector
+    # The strategy's own rows and layers train with the connector.
+    learned = {"newline", "bridge", "new_embed"} & set(grads)
     assert parts == {"all": set(grads), "projector": {"connector"},
+                     "bridge": {"connector"},
                      "finetune": {"connector", "llm"}}[stage.name] | learned
     assert trained == {path for path in reached if path.split("/")[0] in parts}
 

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused():
                                        "24 in a row; raise config.data.decoder_tokens"):
     sides([t.tokens(rng, 2, 25)], config=config)
   config.llm.positions = 9
-  with pytest.raises(UsageError, match="has 10 tokens on one side but config.llm.positions is 9"):
+  with pytest.raises(UsageError, match="has 10 positions but config.llm.positions is 9"):
     sides([t.tokens(rng, 10, 2)], config=config)
   config = t.get_config("simvlm")
   config.connector.name = "pool"

@@ -36,6 +36,9 @@ VARIANTS = [
   ("simvlm", None, True),
   ("llava_next", "causal", False),
   ("llava_next", "causal", True),
+  ("flamingo", "last", False),
+  ("flamingo", "all", False),
+  ("flamingo", "last", True),
   ("coca", None, False),
 ]
 # What a strategy needs of the language model beside the sizes below.
@@ -43,6 +46,13 @@ LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
   "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
+}
+# And of other nodes.
+NODES = {
+  "coca": dict(connector=dict(name="attention_pool", latents=K, heads=2)),
+  "flamingo": dict(connector=dict(name="perceiver", width=24, latents=K, depth=1, heads=2,
+                                  head_dim=6, hidden=20), bridge=dict(mlp=40),
+                   data=dict(tokens=40)),
 }
 
 
@@ -57,8 +67,8 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
   config.llm.update(LLM.get(name, {}))
   config.attention.update(block_q=16, block_k=16)
   config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
-  if name == "coca":
-    config.connector.update(name="attention_pool", latents=K, heads=2)
+  for node, values in NODES.get(name, {}).items():
+    config[node].update(values)
   if name == "llava_next":
     config.data.update(tokens=64, images=12)
     config.data.decode.grids = ((1, 2),)
@@ -230,20 +240,27 @@ def heard_masks(config: ConfigDict) -> list[str]:
   return sorted(mask_axes(heard(module.fields(config), module.STREAM)))
 
 
-def joined(masks: dict, config: ConfigDict) -> np.ndarray:
-  """bool[..., n, n], who sees whom among the slots of all streams, in the order of the fields.
+def reads_table(config: ConfigDict) -> bool:
+  """Whether a mask of the strategy has the media table for keys."""
+  return any(keys == "table" for _, keys in mask_axes(find_fusion(config).fields(config)).values())
+
+
+def joined(masks: dict, config: ConfigDict, table: int = 0) -> np.ndarray:
+  """bool[..., n, n + table], who sees whom among the slots of all streams, in the order of fields.
 
   Args:
     masks: of a batch or of one document.
     config: of a strategy.
+    table: rows of the media table, further columns; 0 where no mask has it for keys.
   """
   fields = find_fusion(config).fields(config)
   streams, blocks = streams_of(fields), mask_axes(fields)
   size = {name: mask.num_queries for name, mask in masks.items() if name in streams}
+  size |= {"table": table}
   rows = []
   for queries in streams:
     row = []
-    for keys in streams:
+    for keys in [*streams, *["table"] * bool(table)]:
       name = next((name for name, axes in blocks.items() if axes == (queries, keys)), None)
       lead = masks[queries].lo.shape[:-1]
       row.append(np.zeros((*lead, size[queries], size[keys]), bool) if name is None

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and DINOv2 towers held to transformers: values, gradients, files.
+"""CLIP, SigLIP, SigLIP 2, DINOv2 and EVA towers held to transformers: values, gradients, files.
 
 Theirs are tiny and random, at a size of their own and, with resized positions, at a larger one.
 """
@@ -34,7 +34,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Where little would depend on a smaller weight.
 SIZES = ((1.0, re.compile("position|register")),
-         (0.3, re.compile(r"fc[12].weight|(gate|up|down|[qkvo])_proj|token|probe")))
+         (0.3, re.compile(r"fc[12].weight|(gate|up|down|[qkvo])_proj|attn.(qkv|proj)|token|probe")))
 COMMON = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=PATCH,
               layer_norm_eps=0.5)
 SIZED = dict(image_size=NATIVE, **COMMON)
@@ -51,6 +51,8 @@ CASES = {
     mlp_ratio=3, use_swiglu_ffn=True, **SIZED)),
   "registers": (transformers.Dinov2WithRegistersModel, transformers.Dinov2WithRegistersConfig(
     mlp_ratio=2, num_register_tokens=3, **SIZED)),
+  "eva": (transformers.Blip2VisionModel, transformers.Blip2VisionConfig(
+    intermediate_size=40, **SIZED)),
 }
 
 
@@ -76,7 +78,7 @@ def images(side):
 def their_inputs(name, tower, side):
   x = (images(side)[0] / 255 - np.array(tower.mean)) / np.array(tower.std)
   pixels = torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32)
-  if name in ("clip", "siglip"):
+  if name in ("clip", "siglip", "eva"):
     return {"pixel_values": pixels, "interpolate_pos_encoding": True}
   if name != "siglip2":
     return {"pixel_values": pixels}
@@ -91,6 +93,8 @@ def their_inputs(name, tower, side):
 def our_config(theirs, **overrides):
   config = base.get_config()
   config.tower.update(nodes.read(theirs.to_dict(), "towers"))
+  if config.tower.name == "eva":  # which says nothing by itself
+    config.tower.pool = "tok"
   config.tower.update(overrides)
   return config
 
@@ -140,8 +144,9 @@ class Reference:
       last = out.last_hidden_state
       if name == "clip":  # they norm the class token alone; our patches are normed too
         last = self.model.post_layernorm(last)
+      pooled = last[:, 0] if name == "eva" else out.pooler_output  # that is normed twice
       states = [state[:, self.tokens :].detach().numpy() for state in out.hidden_states]
-      self.out[side] = last[:, self.tokens :], out.pooler_output, states
+      self.out[side] = last[:, self.tokens :], pooled, states
 
   def saved(self, folder):
     """The tensors as their files have them."""
@@ -221,7 +226,7 @@ def test_features_and_gradients_at_another_size(reference, tmp_path):
       scale = np.abs(theirs[key.replace("key", "query").replace("k_proj", "q_proj")]).max()
       assert max(np.abs(grad).max(), np.abs(theirs[key]).max()) < TOLERANCE * scale, key
       continue
-    if key == "head.attention.in_proj_bias":  # and so in the head
+    if key == "head.attention.in_proj_bias" or key.endswith("qkv.bias"):  # and so in the head
       third = len(grad) // 3
       grad, theirs[key] = (np.delete(g, np.s_[third : 2 * third]) for g in (grad, theirs[key]))
     assert np.abs(theirs[key]).max() > 1e-3, key
@@ -288,6 +293,10 @@ def test_swapped_gate_and_a_moved_register_fail_loudly(reference):
   elif reference.pool == "map":
     flat["pool/key/kernel"], flat["pool/value/kernel"] = (
       flat["pool/value/kernel"], flat["pool/key/kernel"])
+  elif reference.name == "eva":  # another order of the three in one matrix
+    for leaf in ("kernel", "bias"):
+      paths = [f"layers/attention/{name}/{leaf}" for name in ("query", "value")]
+      flat[paths[0]], flat[paths[1]] = flat[paths[1]], flat[paths[0]]
   else:
     return
   got = run(reference.at(LARGER), table.unflatten(flat), LARGER)
@@ -301,6 +310,7 @@ def test_swapped_gate_and_a_moved_register_fail_loudly(reference):
   (dict(model_type="dinov2", qkv_bias=False), "dinov2.qkv_bias is False; only True"),
   (dict(model_type="dinov2", use_mask_token=False), "dinov2.use_mask_token is False"),
   (dict(model_type="siglip2_vision_model", num_patches=250), "num_patches is 250; only a square"),
+  (dict(model_type="blip_2_vision_model", qkv_bias=False), "vision_model.qkv_bias is False; only"),
   (dict(model_type="dinov2", hidden_act="tanh"), "dinov2.hidden_act is 'tanh'"),
 ])
 def test_what_we_lack_is_named(change, sentence):
@@ -312,6 +322,7 @@ def test_what_we_lack_is_named(change, sentence):
   ("dinov2", dict(mlp=41), "config.tower.mlp is 41; a dinov2 checkpoint of width 24"),
   ("dinov2", dict(position_resize="bicubic_offset"), "can only say 'bicubic'"),
   ("siglip2", dict(position_resize="bicubic"), "not SigLIP 2's"),
+  ("eva", dict(pre_norm=True), "config.tower.pre_norm is True; a checkpoint of model_type 'blip_2"),
 ])
 def test_what_they_lack_is_named(name, change, sentence):
   config = our_config(CASES[name][1], **change)
@@ -325,7 +336,21 @@ def test_defaults_of_a_sparse_node_are_theirs():
     tower = our_config(full).tower
     sparse = base.get_config().tower
     sparse.update(nodes.read({"model_type": full.model_type}, "towers"))
+    sparse.pool = tower.pool if name == "eva" else sparse.pool
     assert sparse.to_json() == tower.to_json(), name
+
+
+def test_instructblips_tower_is_blip2s():
+  """The same keys and values by another name, and 39 blocks of EVA's 40 where a node is silent."""
+  theirs = their_model("eva")
+  config = transformers.InstructBlipVisionConfig(intermediate_size=40, **SIZED)
+  other = transformers.InstructBlipVisionModel._from_config(config, attn_implementation="eager")
+  other.eval().load_state_dict(theirs.state_dict())
+  inputs = their_inputs("eva", our_config(config).tower, NATIVE)
+  assert torch.equal(other(**inputs).last_hidden_state, theirs(**inputs).last_hidden_state)
+  assert nodes.read(config.to_dict(), "towers") == nodes.read(CASES["eva"][1].to_dict(), "towers")
+  full = nodes.read({"model_type": "instructblip_vision_model"}, "towers")
+  assert (full["depth"], full["width"], full["heads"], full["mlp"]) == (39, 1408, 16, 6144)
 
 
 def test_a_tower_says_what_it_reads():

@@ -160,6 +160,8 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
     length, *sizes = tower.attention_shape(config.tower)
     shapes["tower"] = (length, length, *sizes)
   rows, dtype = {}, jnp.dtype(config.precision.compute)
+  biased = {*getattr(module, "BIASED", ()),
+            *(("encoder", module.STREAM) if llm.relative_buckets else ())}
   for name, (length, keys, heads, groups, width) in shapes.items():
     mask = jax.tree.map(lambda field: np.asarray(field)[None], full(length))
     context = functools.partial(make_context, rotation=None, sharing=heads // groups, keys=keys,
@@ -168,7 +170,7 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
     plan = jax.eval_shape(context, mask).plan
     request = attention.Request(
       q_shape=(1, length, heads, width), k_shape=(1, keys, groups, width), plan=plan,
-      dtype=dtype, has_bias=name in getattr(module, "BIASED", ()),
+      dtype=dtype, has_bias=name in biased,
       has_classes=f"masks/{name}/q_class" in fields,
       soft_cap=None if name == "tower" else llm.attention_soft_cap or None)
     chosen, refused = attention.choose(request, config.attention.implementation)

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 
-MODEL = ("fusion", "tower", "connector", "llm", "precision")  # groups that decide what a model is
+MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
 
 
@@ -45,14 +45,35 @@ def get_config(arg: str = "") -> ConfigDict:
   config.fusion = ConfigDict(
     dict(
       name="prefix_lm",  # module in vlm_jax/fusion
-      image_attention="bidirectional",  # concat only: "causal" or "bidirectional" inside an image
+      # concat: "causal" or "bidirectional" inside an image; flamingo: text sees "last" or "all"
+      image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
       width=512,  # clip, coca: width of the space that pictures and texts share
+      new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
+      say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
+      next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
+      predict_unseen=True,  # flamingo: learn text before a document's first image (Open...: False)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
       compat="",  # coca: "open_clip" has the mask of the class token that was released there
       init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+    )
+  )
+  config.bridge = ConfigDict(
+    dict(
+      # flamingo: gated layers between those of the language model.
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
     )
   )
   config.tower = ConfigDict(
@@ -90,14 +111,21 @@ def get_config(arg: str = "") -> ConfigDict:
   config.connector = ConfigDict(
     dict(
       name="mlp",  # module in vlm_jax/connectors
-      hidden=0,  # width of the hidden layer, 0: the language model's width
+      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
+      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
       activation="gelu",
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=32,  # attention_pool: K, learned queries, as many slots of an image
-      heads=4,
+      latents=64,  # perceiver, attention_pool (with heads, norm_eps): K, slots of an image
+      depth=6,
+      heads=8,
+      kv_heads=0,  # key/value groups, 0: as many as heads
+      head_dim=64,
+      norm="layer",  # "layer" or "rms" (Idefics2)
       norm_eps=1e-5,
+      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
+      qk_norm="",  # "layer": of queries and keys
       init="",
     )
   )
@@ -136,7 +164,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
-      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), or a chat template:
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain", or a template:
       # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
       template="marks",
     )
@@ -215,22 +243,24 @@ def _llm() -> ConfigDict:
       qkv_bias=False,  # qwen: biases of queries, keys and values (Qwen2)
       qk_norm="",  # norm of queries and keys: qwen "rms" (Qwen3), gemma "rms_offset" (Gemma 3)
       post_norms=False,  # gemma: what attention and MLP return is normalised too (Gemma 2, 3)
-      query_scalar=0.0,  # gemma: attention logits are scaled by its power -1/2; 0: head_dim
+      query_scalar=0.0,  # gemma, t5: attention logits are scaled by its power -1/2; 0: head_dim
       attention_soft_cap=0.0,  # gemma: c of c tanh(logits / c), 0: none (Gemma 2)
       final_soft_cap=0.0,  # gemma: the same of the vocabulary's logits
       window=0,  # gemma: slots back that a local layer sees, itself counted; 0: all layers global
       global_every=1,  # gemma: every n-th layer is global, the others are local
       local_theta=0.0,  # gemma: rope_theta of local layers, which are not scaled; 0: as the others
-      encoder_depth=0,  # encoder_decoder: layers of the encoder, two_halves: of the first; 0: depth
-      positions=0,  # learned. encoder_decoder: of each side, 0: none; text_tower: a text's length,
-      # two_halves: of the longest, beside which its class token has one more
+      encoder_depth=0,  # encoder_decoder, t5: of the encoder, two_halves: of the first; 0: depth
+      positions=0,  # learned ones of opt or a side of encoder_decoder, 0: none; text_tower: L;
+      # two_halves: of the longest text, beside which its class token has one more
       cross="inside",  # two_halves: another stream is read before the MLP of a layer, or "behind"
       attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
       pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
       eos=2,  # text_tower: the id that ends a text, for pool "eos"
       norm="rms",  # encoder_decoder: "layer" or "rms"
-      feed_forward="gated",  # encoder_decoder: "gated" (no biases) or "plain"
-      linear_bias=False,  # encoder_decoder: biases in all linear layers
+      feed_forward="gated",  # encoder_decoder, t5: "gated" (no biases) or "plain"
+      linear_bias=False,  # encoder_decoder, opt: biases in all linear layers
+      relative_buckets=0,  # encoder_decoder, t5: learned logits by distance, of 32 kinds; 0: none
+      relative_distance=128,  # encoder_decoder, t5: from here on distances are of one kind
       remat="none",
       unroll=1,
       init="",
@@ -294,6 +324,9 @@ def evaluation(**overrides) -> ConfigDict:
       together=10,  # questions of a fan-out document in one row (unseen by each other)
       templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
+      shots=(0, 4, 8),  # few_shot: solved questions before one; the most give the main number
+      choose="random",  # few_shot: which: "random", "similar" pictures, or the document's "own"
+      shots_split="train",  # few_shot: the split that they are from
       batch=64,  # documents generated together
       limit=0,  # documents read, 0: all
       max_tokens=8,  # generated tokens

@@ -59,6 +59,8 @@ def get_config(arg: str = "") -> ConfigDict:
   still = "lora" in given or config.fusion.name == "concat"
   stages = [stage.name for stage in module.STAGES]
   config.fusion.stage = "finetune" if still and "finetune" in stages else "all"
+  if "bridge" in stages and "lora" not in given:  # a Flamingo learns between what is frozen
+    config.fusion.stage = "bridge"
 
   config.data.sources[SOURCE] = base.source(
     name=check.guess(given["data"]), path=given["data"], image_root=given.get("images", ""),

@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.convert import table
+from vlm_jax.convert import open_clip, table
+from vlm_jax.convert.open_clip import both
 from vlm_jax.core.errors import UsageError
 
 CONFIG = "open_clip_config.json"
@@ -37,65 +38,48 @@ ABSENT = {"pool_type": "tok", "pos_embed_type": "learnable", "pad_id": 0, "mlp_r
           "proj_type": "linear"}  # what a setting means that is not there; others None or False
 
 
-def _pair(ours: str, theirs: str) -> table.Keys:
-  """A norm."""
-  return ((f"{ours}/scale", f"{theirs}.weight", "copy"), (f"{ours}/bias", f"{theirs}.bias", "copy"))
+def _blocks(ours: str, theirs: str) -> table.Keys:
+  """The layers of any of their transformers."""
+  return tuple((ours + path.removeprefix("layers"), theirs + key.removeprefix("transformer."), op)
+               for path, key, op in open_clip.BLOCKS)
 
 
 def _attention(ours: str, theirs: str, fused: bool = True) -> table.Keys:
   """Attention of PyTorch; its kernels are one tensor unless keys have another width."""
-  kernels = tuple(
-    (f"{ours}/{name}/kernel",
-     f"{theirs}.in_proj_weight[{part}/3]" if fused else f"{theirs}.{name[0]}_proj_weight", "in")
-    for part, name in enumerate(("query", "key", "value")))
-  biases = tuple((f"{ours}/{name}/bias", f"{theirs}.in_proj_bias[{part}/3]", "flat")
-                 for part, name in enumerate(("query", "key", "value")))
-  return (*kernels, *biases, (f"{ours}/out/kernel", f"{theirs}.out_proj.weight", "out"),
-          (f"{ours}/out/bias", f"{theirs}.out_proj.bias", "copy"))
-
-
-def _mlp(ours: str, theirs: str) -> table.Keys:
-  return tuple((f"{ours}/{name}/{leaf}", f"{theirs}.{dense}.{kind}", op)
-               for name, dense in (("up", "c_fc"), ("down", "c_proj"))
-               for leaf, kind, op in (("kernel", "weight", "in"), ("bias", "bias", "copy")))
-
-
-def _block(ours: str, theirs: str) -> table.Keys:
-  """A layer of any of their transformers."""
-  return (*_pair(f"{ours}/attention_norm", f"{theirs}.ln_1"),
-          *_attention(f"{ours}/attention", f"{theirs}.attn"),
-          *_pair(f"{ours}/mlp_norm", f"{theirs}.ln_2"), *_mlp(f"{ours}/mlp", f"{theirs}.mlp"))
+  kernel = lambda name, part: (f"{theirs}.in_proj_weight[{part}/3]" if fused
+                               else f"{theirs}.{name[0]}_proj_weight")
+  rows = []
+  for part, name in enumerate(("query", "key", "value")):
+    rows += [(f"{ours}/{name}/kernel", kernel(name, part), "in"),
+             (f"{ours}/{name}/bias", f"{theirs}.in_proj_bias[{part}/3]", "flat")]
+  return (*rows, *both(f"{ours}/out", f"{theirs}.out_proj", "out"))
 
 
 def _pooler(ours: str, theirs: str, fused: bool) -> table.Keys:
-  return ((f"{ours}/queries", f"{theirs}.query", "copy"), *_pair(f"{ours}/query_norm",
-          f"{theirs}.ln_q"), *_pair(f"{ours}/key_norm", f"{theirs}.ln_k"),
+  return ((f"{ours}/queries", f"{theirs}.query", "copy"),
+          *both(f"{ours}/query_norm", f"{theirs}.ln_q"),
+          *both(f"{ours}/key_norm", f"{theirs}.ln_k"),
           *_attention(f"{ours}/attention", f"{theirs}.attn", fused))
 
 
-LAYERS, CROSS = "resblocks.{layer}", "cross_attn.{layer}"
-TOWER = (
-  ("patch/kernel", "conv1.weight", "patch"),
-  ("class_token", "class_embedding", "copy"),
-  ("positions", "positional_embedding", "copy"),
-  *_pair("pre_norm", "ln_pre"),
-  *_block("layers", f"transformer.{LAYERS}"),
-)
+TOWER = tuple(row for row in open_clip.TABLES["vit"] if not row[0].startswith("post_norm"))
 FIRST = (
   ("embed/embedding", "token_embedding.weight", "copy"),
   ("positions", "positional_embedding", "copy"),
   ("class_token", "cls_emb", "copy"),
-  *_block("first", f"transformer.{LAYERS}"),
-  *_pair("class_norm", "ln_final"),
+  *_blocks("first", "transformer."),
+  *both("class_norm", "ln_final"),
 )
+CROSS = "cross_attn.{layer}"
 SECOND = (
-  *_block("second", LAYERS),
-  *_pair("second/cross_norm", f"{CROSS}.ln_1"),
-  *_pair("second/memory_norm", f"{CROSS}.ln_1_kv"),
+  *_blocks("second", ""),
+  *both("second/cross_norm", f"{CROSS}.ln_1"),
+  *both("second/memory_norm", f"{CROSS}.ln_1_kv"),
   *_attention("second/cross", f"{CROSS}.attn"),
-  *_pair("second/cross_mlp_norm", f"{CROSS}.ln_2"),
-  *_mlp("second/cross_mlp", f"{CROSS}.mlp"),
-  *_pair("norm", "ln_final"),
+  *both("second/cross_mlp_norm", f"{CROSS}.ln_2"),
+  *both("second/cross_mlp/up", f"{CROSS}.mlp.c_fc", "in"),
+  *both("second/cross_mlp/down", f"{CROSS}.mlp.c_proj", "in"),
+  *both("norm", "ln_final"),
   ("head/kernel", "text_projection", "copy"),
 )
 
@@ -108,7 +92,7 @@ def parts(config: ConfigDict) -> tuple[table.Part, ...]:
     ("image_projection/kernel", f"{VISION}proj", "copy"),
     ("text_projection/kernel", f"{TEXT}text_projection", "copy"),
     ("logit_scale", "logit_scale", "copy"),
-    *_pair("pooled_norm" if shared else "tower/post_norm", f"{VISION}ln_post"),
+    *both("pooled_norm" if shared else "tower/post_norm", f"{VISION}ln_post"),
     *_pooler("connector/pool", f"{VISION}attn_pool", fused),
     *_pooler("contrast_pool", f"{VISION}attn_pool_contrastive", fused),
   )

@@ -5,7 +5,8 @@ Every published module of a floor names its MODEL_TYPES and has, beside its KEYS
   read_hf(theirs)   their node to the fields of ours (`config.llm`, `config.tower`)
   write_hf(config)  the inverse, with its model_type
 
-A directory that holds one module alone (a language model, a tower) is read and written here too.
+and perhaps UNREAD, the keys that a file may hold beside them. A directory with one module alone (a
+language model, a tower) is read and written here too.
 """
 
 import os
@@ -29,7 +30,7 @@ from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
 
 EMBEDDING, HEAD = "embed/embedding", "lm_head.weight"  # of a language model; the second is theirs
-SPELLINGS = ((r"^vision_model\.", ""),)  # towers alone, as transformers 4 writes them
+SPELLINGS = ((r"^(vision|text)_model\.", ""),)  # towers alone, as transformers 4 writes them
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # constants that old files store
 
 
@@ -93,7 +94,8 @@ def read_node(directory: str | os.PathLike, floor: str) -> tuple[dict[str, Any],
   fields = read(safetensors_io.read_json(Path(directory) / "config.json"), floor)
   with safetensors_io.Reader(directory) as reader:
     tied = HEAD if fields.get("tie_embeddings") else None
-    return fields, load(reader, entries(fields, floor), tied, table.renamer(SPELLINGS))
+    unread = getattr(fusion.find(floor, fields["name"]), "UNREAD", ())
+    return fields, load(reader, entries(fields, floor), tied, table.renamer(SPELLINGS), unread)
 
 
 def write_node(
@@ -126,6 +128,25 @@ def write_node(
   safetensors_io.write_json(directory / "config.json", theirs)
 
 
+def _decode(model: Any) -> Any:
+  slots = jnp.zeros((1, 1), jnp.int32)
+  return model(model.embed(slots), slots, IntervalMask(slots, slots))
+
+
+def _encode_and_decode(model: Any) -> Any:
+  slots = jnp.zeros((1, 1), jnp.int32)
+  mask = IntervalMask(slots, slots)
+  memory = model.encode(model.embed(slots, slots, "encoder"), slots, mask)
+  return model(model.embed(slots, slots, "decoder"), slots, memory, mask, mask)
+
+
+CALLS = {  # a call of everything in a language model, by its KIND
+  "decoder": _decode,
+  "encoder-decoder": _encode_and_decode,
+  "text tower": lambda model: model(jnp.zeros((1, model.config.positions), jnp.int32)),
+}
+
+
 def entries(config: Mapping[str, Any], floor: str) -> list[table.Entry]:
   """Every tensor of a checkpoint of one module, whose config node has at least its own fields."""
   module = fusion.find(floor, config["name"])
@@ -134,14 +155,11 @@ def entries(config: Mapping[str, Any], floor: str) -> list[table.Entry]:
   model = module.Model(node, attention, Precision())
 
   def init() -> Params:
-    if floor == "llm":
-      slots = jnp.zeros((1, 1), jnp.int32)
-      run = lambda model, tokens, *rest: model(model.embed(tokens), *rest)
-      made = model.init(jax.random.key(0), slots, slots, IntervalMask(slots, slots), method=run)
+    if floor == "towers":
+      run = lambda model: model(jnp.zeros((1, 1, node.image_size, node.image_size, 3), jnp.uint8))
     else:
-      side = node.image_size
-      made = model.init(jax.random.key(0), jnp.zeros((1, 1, side, side, 3), jnp.uint8))
-    return meta.unbox(made)["params"]
+      run = CALLS[module.KIND]
+    return meta.unbox(model.init(jax.random.key(0), method=run))["params"]
 
   shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(init)).items()}
   return table.entries([("", "", module.KEYS)], shapes)

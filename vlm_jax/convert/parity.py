@@ -114,6 +114,9 @@ def _theirs(directory: Path, config: ConfigDict, document: Encoded, image_token:
   if picture.tiles:
     inputs["pixel_values"] = inputs["pixel_values"][None]
     inputs["image_sizes"] = torch.tensor([picture.tiles.size])
+  if model.config.model_type == "idefics":  # of which every token has to say that it sees it
+    inputs["pixel_values"] = inputs["pixel_values"][None]
+    inputs["image_attention_mask"] = torch.ones(1, tokens.shape[1], 1, dtype=torch.long)
   if model.config.model_type == "paligemma":  # which is another model without them
     inputs["token_type_ids"] = torch.arange(tokens.shape[1])[None].ge(slots).long()
   with torch.no_grad():

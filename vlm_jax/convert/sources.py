@@ -22,6 +22,7 @@ from vlm_jax.convert import (
   llava,
   nodes,
   npz,
+  open_clip,
   pth,
   safetensors_io,
   table,
@@ -34,7 +35,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
   "": safetensors_io.Reader, ".safetensors": safetensors_io.Reader, ".npz": npz.Reader,
   ".gguf": gguf.Reader, ".pth": pth.Reader, ".pt": pth.Reader, ".bin": pth.Reader,
 }
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOORS = {"tower": "towers", "connector": "connectors", "llm": "llm"}
 
 
@@ -89,18 +89,23 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
   """
   name = config[node].name
   module = fusion.find(FLOORS[node], name, outside=config.outside)
-  flax = Path(path).suffix == ".npz"
-  keys = big_vision.TABLES.get(name, ()) if flax else getattr(module, "KEYS", ())
-  if set(shapes) - {path for path, _, _ in keys}:
-    raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so no "
-                     "weights of another program are known for it")
   try:
     with open_source(path) as source:
+      keys = getattr(module, "KEYS", ())
+      if Path(path).suffix == ".npz":
+        keys = big_vision.TABLES.get(name, ())
+      elif open_clip.is_written_in(source.shapes):
+        keys = open_clip.TABLES.get(name, ())
+      if set(shapes) - {path for path, _, _ in keys}:
+        raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so "
+                         "no weights of another program are known for it")
       view = find(source, keys, shapes)
       if node == "llm":
-        _check_vocabulary(view, config)
+        _check_vocabulary(view, keys, config)
       entries = table.entries((("", "", keys),), shapes)
-      return flatten(table.load(view, entries, unread=unread(keys, shapes), dtype=dtype))
+      left, more = unread(keys, shapes), getattr(module, "UNREAD", ())
+      return flatten(table.load(view, entries, unread=lambda key: left(key) or key in more,
+                                dtype=dtype))
   except DataError as error:
     raise DataError(f"config.{node}.init={path}: {error}") from error
 
@@ -153,19 +158,25 @@ def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str
   numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
   known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
   known.append(big_vision.UNREAD)
-  return lambda key: key.endswith(nodes.BUFFERS) or any(row.fullmatch(key) for row in known)
+  beside = open_clip.unread(keys)
+  return lambda key: (key.endswith(nodes.BUFFERS) or beside(key)
+                      or any(row.fullmatch(key) for row in known))
 
 
-def _check_vocabulary(view: View, config: ConfigDict) -> None:
+def _check_vocabulary(view: View, keys: table.Keys, config: ConfigDict) -> None:
   """Says which field is wrong where a padded vocabulary or a tied head would only be a shape."""
-  shape, llm = view.shapes.get(EMBEDDING), config.llm
+  named, llm = {ours: theirs for ours, theirs, _ in keys}, config.llm
+  embedding, head = named.get("embed/embedding"), named.get("head/kernel")
+  shape = view.shapes.get(embedding)
   if shape and shape[0] != llm.vocab_size:
-    raise DataError(f"weights: {EMBEDDING} has {shape[0]} rows, expected {llm.vocab_size}; set "
+    raise DataError(f"weights: {embedding} has {shape[0]} rows, expected {llm.vocab_size}; set "
                     f"config.llm.vocab_size={shape[0]} (it may be more than the tokenizer's)")
-  if shape and not llm.tie_embeddings and HEAD not in view.shapes:
-    raise DataError(f"weights: {HEAD} is missing, expected [{llm.vocab_size}, {llm.width}]; if the "
+  if not shape or not head:
+    return
+  if not llm.tie_embeddings and head not in view.shapes:
+    raise DataError(f"weights: {head} is missing, expected [{llm.vocab_size}, {llm.width}]; if the "
                     "checkpoint ties it to the embedding, set config.llm.tie_embeddings=True")
-  if shape and llm.tie_embeddings and HEAD in view.shapes and not np.array_equal(
-      view[HEAD], view[EMBEDDING]):
-    raise DataError(f"weights: {HEAD} differs from {EMBEDDING}, expected the same; set "
+  if llm.tie_embeddings and head in view.shapes and not np.array_equal(
+      view[head], view[embedding]):
+    raise DataError(f"weights: {head} differs from {embedding}, expected the same; set "
                     "config.llm.tie_embeddings=False")

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import (
   coca,
   hf_text,
+  idefics,
   llava,
   nodes,
   paligemma,
@@ -52,7 +53,7 @@ from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.data import pipeline
 
 CONFIG = "config.json"
-CONVERTERS = (llava, paligemma, two_towers, coca)
+CONVERTERS = (coca, idefics, llava, paligemma, two_towers)
 
 
 def is_published(directory: str | os.PathLike) -> bool:
@@ -315,7 +316,7 @@ def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: st
         hf_text.keep(directory, made)
     pipeline.load_tokenizer(config)
   else:
-    tokenizer, new = hf_text.read(directory, config.llm.vocab_size, config.data.template)
+    tokenizer, new = hf_text.read(directory, fusion.vocabulary(config), config.data.template)
     if not path.exists():
       write_atomically(path, tokenizer.to_str())
   return new

@@ -30,14 +30,16 @@ class Cache:
   Attributes:
     k, v: f[L,B,S,G,C], of the stream that speaks.
     length: i32[], columns written so far.
-    memory: the same two of the slots that cross-attention reads, made by the first call; None
-      before it, and in models that read one stream.
+    memory: the same two of the slots that cross-attention reads, of the layers that do, made by the
+      first call; None before it, and in models that read one stream.
+    positions: i32[B,S], of the columns, where attention asks for distances; None elsewhere.
   """
 
   k: Array
   v: Array
   length: Array
   memory: tuple[Array, Array] | None = None
+  positions: Array | None = None
 
   @property
   def slots(self) -> int:
@@ -116,12 +118,13 @@ class Stage:
 class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
-  It may also name in BIASED the masks whose logits get a bias, which not every kernel can add, and
-  in GLOBAL the objectives that compare documents of the whole batch: they have no meaning for a
-  part of it, so they accumulate over cached embeddings (`train/accumulate.py`). A strategy whose
-  Model returns `Embeddings` says nothing: its STREAM is "". One that speaks and embeds says
-  EMBEDS = True and returns an `Output` with embeddings; its `losses`, given these alone, are those
-  of GLOBAL.
+  Where ids have rows behind the language model's vocabulary, vocabulary(config) says how many there
+  are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
+  can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
+  objectives that compare documents of the whole batch: they have no meaning for a part of it, so
+  they accumulate over cached embeddings (`train/accumulate.py`). A strategy whose Model returns
+  `Embeddings` says nothing: its STREAM is "". One that speaks and embeds says EMBEDS = True and
+  returns an `Output` with embeddings; its `losses`, given these alone, are those of GLOBAL.
   """
 
   Model: type
@@ -188,7 +191,8 @@ class LanguageModel(Protocol):
 
   Model(config.llm, config.attention, precision) returns an Output. How it is called depends on
   KIND: a "decoder" has the methods embed(tokens i32[B,T]) -> f[B,T,D] and __call__(x f[B,T,D],
-  positions i32[B,T], mask, cache=None); an "encoder-decoder" those of `llm/encoder_decoder.py`.
+  positions i32[B,T], mask, cache=None, visitors=None), visitors as in `nn/stack.py`; an
+  "encoder-decoder" those of `llm/encoder_decoder.py`.
   RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
   layers_of(config, mask), optional, is through how many layers the mask of that name goes.
   `config` below is `config.llm`. A published one also has KEYS (`convert/table.py`), MODEL_TYPES,
@@ -276,3 +280,9 @@ def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
     raise UsageError(f"config.llm.name '{config.llm.name}' is of kind '{module.KIND}'; "
                      f"config.fusion.name '{config.fusion.name}' needs a '{kind}'")
   return module
+
+
+def vocabulary(config: ConfigDict) -> int:
+  """How many token ids have rows: the language model's, and new ones of the strategy."""
+  module = find_fusion(config)
+  return module.vocabulary(config) if hasattr(module, "vocabulary") else config.llm.vocab_size

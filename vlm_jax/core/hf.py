@@ -14,6 +14,7 @@ ACTIVATIONS = {
   "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
   "quick_gelu": ("quick_gelu",),
   "relu": ("relu",),
+  "relu2": ("relu2",),
   "silu": ("silu", "swish"),
 }
 

@@ -103,7 +103,7 @@ class IntervalMask:
 
 
 def draw(dense: np.ndarray, labels: str = "") -> str:
-  """The picture of bool[T,S], with a label for every row and column if T is S.
+  """The picture of bool[T,S], with a label for every column, the first T of which are the rows'.
 
   Raises:
     ValueError: more than one row of a batch.
@@ -113,7 +113,8 @@ def draw(dense: np.ndarray, labels: str = "") -> str:
   lines = [" ".join("1" if seen else "." for seen in row) for row in dense]
   if labels:
     lines = [" ".join(labels[: dense.shape[1]])] + lines
-    lines = [f"{mark} {line}" for mark, line in zip(" " + labels, lines, strict=True)]
+    marks = " " + labels[: len(dense)]
+    lines = [f"{mark} {line}" for mark, line in zip(marks, lines, strict=True)]
   return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Pixels
 from vlm_jax.core.errors import DataError, UsageError, nearest
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, vocabulary
 from vlm_jax.core.layout import Layout, split
 from vlm_jax.data import augment, files, images, records, template, tokenizer
 from vlm_jax.data.bad import Bad, BadExample
@@ -49,12 +49,12 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
 
   Raises:
     DataError: there is none, or it cannot be read.
-    UsageError: it has more tokens than `config.llm.vocab_size`. A model may have more rows than
-      tokens: published ones are padded to a round number.
+    UsageError: it has more tokens than the model has rows. A model may have more rows than tokens:
+      published ones are padded to a round number.
   """
   path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
   loaded = tokenizer.load(path, config.data.template, config.llm.positions)
-  if loaded.vocab_size > config.llm.vocab_size:
+  if loaded.vocab_size > vocabulary(config):
     raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
                      f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "
                      "config.data.tokenizer")

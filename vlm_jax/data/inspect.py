@@ -167,12 +167,6 @@ def kinds_of(batch: Flat, stream: str, row: int) -> list[str]:
           else "predicted" if predicted[i] else "prompt" for i in range(len(fill))]
 
 
-def kinds_of_table(batch: Flat, row: int, size: int) -> list[str]:
-  """The kind of every one of `size` rows of the media table, which images share evenly."""
-  there = batch["media/images/segment_ids"][row] > 0
-  return ["image" if one else "padding" for one in np.repeat(there, size // len(there))]
-
-
 def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
   """The first rows as a picture: token kinds on two sides of every mask, one pixel a pair.
 
@@ -187,16 +181,19 @@ def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
     raise UsageError(f"config.fusion.name '{config.fusion.name}' has no packed stream and no mask "
                      "to draw; leave the picture out")
   module = find_fusion(config)
-  axes, length = mask_axes(module.fields(config)), module.axes(config)
+  axes, capacity = mask_axes(module.fields(config)), module.axes(config)
   rows = min(rows, len(next(iter(masks.values())).lo))
   strip, gap, legend = 12, 16, 24
+  length = {axis: capacity[axis] for pair in axes.values() for axis in pair}
   panels = [(name, row) for row in range(rows) for name in axes]
   width = sum(strip + length[axes[name][1]] + gap for name, _ in panels) - gap
   side = strip + max(length[queries] for queries, _ in axes.values())
   canvas = Image.new("RGB", (width, side + legend), UNSEEN)
   left = 0
-  kinds = lambda axis, row: (kinds_of_table(batch, row, length[axis]) if axis == "table"
-                             else kinds_of(batch, axis, row))
+  of_table = lambda row: np.repeat(batch["media/images/segment_ids"][row] > 0,
+                                   capacity["table"] // capacity["images"])
+  kinds = lambda axis, row: kinds_of(batch, axis, row) if axis != "table" else [
+    "image" if there else "padding" for there in of_table(row)]
   colours = lambda axis, row: np.array([COLOURS[kind] for kind in kinds(axis, row)], np.uint8)
   for name, row in panels:
     queries, keys = axes[name]

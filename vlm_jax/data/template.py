@@ -73,10 +73,12 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
             opened: frozenset[int] = frozenset()) -> Encoded:
   """Encodes every part; of the parts numbered in `opened` only the opening mark."""
   parts: list[Tokens | Pixels] = []
+  if tokenizer.first >= 0:
+    parts.append(Tokens(np.array([tokenizer.first], np.int32), np.zeros(1, bool)))
   turn, branch, answered = 0, 0, False
   following = [part for part in document.parts if isinstance(part, Text)][1:]
   for index, part in enumerate(document.parts):
-    if parts and (answered or (isinstance(part, Text) and part.branch != branch)):
+    if index and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
     if isinstance(part, Image):
       parts.append(dataclasses.replace(decode_image(part), turn=turn))
@@ -112,5 +114,5 @@ def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str, goes_on: bool
 
 def _opening(part: Text, tokenizer: Tokenizer) -> list[int]:
   """The mark that opens a part of its role; a published tokenizer may have none for a page."""
-  mark = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.bos)
+  mark = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.alone)
   return [mark] if mark >= 0 else []

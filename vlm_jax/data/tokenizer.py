@@ -18,8 +18,11 @@ PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
 )
 # What opens a user's and an assistant's turn; PaliGemma (arXiv:2407.07726, section 3.1): the prompt
 # behind <bos>, the answer behind a line break that is no part of either; CLIP (arXiv:2103.00020,
-# section 2.4): <bos> words <eos>, and no turns.
-TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS)}
+# section 2.4): <bos> words <eos>, and no turns. "plain", as LLaVA's first stage shows pictures to a
+# language model that was only ever given text: <bos> opens the document, before a picture too, as
+# all that the model has read begins so; every part is a line.
+TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS),
+             "plain": ("\n", "\n")}
 CHECKPOINT = "checkpoint"  # the chat template among the files of a published tokenizer
 SMALLEST = len(SPECIALS) + 256  # every byte has a token
 
@@ -42,7 +45,9 @@ class Tokenizer:
   Attributes:
     pad, bos, eos, image: ids of the special tokens; `pad` of ours is 0. A published tokenizer may
       have neither `bos` nor `image`, which are -1 then.
-    user, assistant: ids of what opens their turns, where no chat template writes them.
+    first: id of what opens a document, -1 for nothing.
+    user, assistant, alone: ids of what opens their turns and a text of nobody's, where no chat
+      template writes them.
     chat: the chat template, None where single tokens open turns.
     stops: what ends an answer.
     vocab_size: number of ids.
@@ -76,6 +81,8 @@ class Tokenizer:
     self.pad, self.bos, self.eos, self.image, *turns = (
       -1 if number is None else number for number in ids)
     self.user, self.assistant = turns or (-1, -1)
+    self.first = self.bos if template == "plain" else -1
+    self.alone = self.user if template == "plain" else self.bos
     self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
     self.specials = tuple(token.content for token in inner.get_added_tokens_decoder().values()
                           if token.special)
@@ -109,12 +116,12 @@ class Tokenizer:
   def page(self, text: str) -> tuple[list[int], int, int]:
     """The ids of a text that stands alone, how many of them open it, and how many close it.
 
-    Ours: <bos> text <eos>. Of a published tokenizer they are what its own ends are; a caption is
+    Ours: `alone` text <eos>. Of a published tokenizer they are what its own ends are; a caption is
     cut and padded to the length of all, and so that a page of what speaks comes to an end, it is
     closed even if it is not so there.
     """
     if not self._published:
-      return [self.bos, *self.encode(text), self.eos], 1, 1
+      return [self.alone, *self.encode(text), self.eos], 1, 1
     inner, length = self._reader(text), self._length
     ids = inner.encode(self._prepared(text), add_special_tokens=False)
     if length:

@@ -24,7 +24,8 @@ class Split:
     tally: documents read and bad so far.
   """
 
-  def __init__(self, config: ConfigDict, entry: ConfigDict, split: str, images: str):
+  def __init__(self, config: ConfigDict, entry: ConfigDict, split: str, images: str,
+               spaced: int = 0):
     """Opens a split.
 
     Args:
@@ -32,6 +33,7 @@ class Split:
       entry: one of `config.evals`.
       split: which split.
       images: "real", "none" or "shuffled".
+      spaced: read at most so many documents, evenly spaced; 0: the first `entry.limit`.
 
     Raises:
       UsageError: an unknown source, split, form or image policy, or a negative limit.
@@ -42,7 +44,10 @@ class Split:
     source = config.data.sources.get(entry.source)
     form = entry.form or (source.form if source else "")
     self._documents = pipeline.documents(config, entry.source, split, form, images)
-    self._count = min(entry.limit or len(self._documents), len(self._documents))
+    count = len(self._documents)
+    self._numbers = (range(min(entry.limit or count, count)) if not spaced else
+                     [count * place // spaced for place in range(spaced)] if count > spaced else
+                     range(count))
     self._name = f"source '{entry.source}'", split
     self.tokenizer = pipeline.load_tokenizer(config)
     self.decode_image = pipeline.image_decoder(config)
@@ -54,7 +59,7 @@ class Split:
     Raises:
       DataError: too many documents are bad.
     """
-    for index in range(self._count):
+    for index in self._numbers:
       try:
         document = self._documents[index]
         encoded = encode(document)

@@ -21,14 +21,14 @@ It sees its text and itself, and nothing sees it (s text, > the class token):
 reads the rows of the first, as published; "parallel", of one that reads the tower; "shared", the
 first row itself, which captions then do not see. The last is what OpenCLIP released. Its mask is
 moved by one slot as well, which `config.fusion.compat` "open_clip" repeats: of a text shorter than
-config.llm.positions the class token sees one slot of padding (x) and not itself.
+config.llm.positions the class token sees one slot of padding (z) and not itself.
 
-          s s s s x >
+          s s s s z >
         s 1 . . . . .
         s 1 1 . . . .
         s 1 1 1 . . .
         s 1 1 1 1 . .
-        x 1 1 1 1 1 .
+        z 1 1 1 1 1 .
         > 1 1 1 1 1 .
 
 A caption that is too long keeps its last token, as CLIP's. Documents may be of text alone, or have

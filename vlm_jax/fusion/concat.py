@@ -142,9 +142,11 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
   cannot fan out.
 
   Raises:
-    UsageError: a source that the config does not have, or branches without a "fan_out" source.
+    UsageError: a source that the config does not have, branches without a "fan_out" source, or more
+      positions than the language model has learned.
     ValueError: a mask that already uses its classes, and branches.
   """
+  check_positions(encoded, slots.positions, config)
   length, images = len(slots), encoded.squares
   text, mask_path = f"streams/{STREAM}", f"masks/{STREAM}"
   arrays = {
@@ -167,6 +169,14 @@ def assemble(encoded: Encoded, slots: Slots, mask: IntervalMask, config: ConfigD
   sizes = {"text": length, "images": len(images), "table": len(images) * len(rows(config)),
            "documents": 1}
   return Layout(arrays, sizes, encoded.source, encoded.key)
+
+
+def check_positions(encoded: Encoded, positions: np.ndarray, config: ConfigDict) -> None:
+  """Raises UsageError for positions i32[T] behind the last that the language model has learned."""
+  longest = 1 + int(positions.max(initial=-1))
+  if config.llm.positions and longest > config.llm.positions:
+    raise UsageError(f"document {encoded.key} has {longest} positions but config.llm.positions is "
+                     f"{config.llm.positions}; raise it or lower config.data.window")
 
 
 def image_arrays(encoded: Encoded, config: ConfigDict) -> dict[str, np.ndarray]:
@@ -246,14 +256,14 @@ class Model(nn.Module):
     return llm(x, text.positions, mask, cache)
 
 
-def media_table(values: Array, config: ConfigDict) -> Array:
-  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,D], R = N * K.
+def media_table(values: Array, config: ConfigDict, width: int = 0) -> Array:
+  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,width], R = N * K; 0: as wide as text.
 
   Called inside a compact module, which then has the submodules "tower" and "connector".
   """
   dtypes, tower = precision(config), find_tower(config)
   features = tower.Model(config.tower, config.attention, dtypes, name="tower")(values)
-  connector = find_connector(config).Model(config.connector, config.llm.width, dtypes,
+  connector = find_connector(config).Model(config.connector, width or config.llm.width, dtypes,
                                            name="connector")
   table = connector(features.patches, tower.grid(config.tower))
   batch, images, slots, width = table.shape

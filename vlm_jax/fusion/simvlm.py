@@ -280,10 +280,10 @@ class Model(nn.Module):
       x, bias = llm.embed(stream.tokens, stream.positions, ENCODER), None
       if "images" in batch.media:
         x, bias = self._see(x, stream, batch.media["images"].values)
-      memory = llm.encode(x, batch.masks[ENCODER], bias)
+      memory = llm.encode(x, stream.positions, batch.masks[ENCODER], bias)
     stream = batch.streams[STREAM]
     x = llm.embed(stream.tokens, stream.positions, STREAM)
-    return llm(x, memory, batch.masks[STREAM], batch.masks["cross"], cache)
+    return llm(x, stream.positions, memory, batch.masks[STREAM], batch.masks["cross"], cache)
 
   def _see(self, x: Array, stream: Stream, values: Array) -> tuple[Array, Array]:
     """Puts image rows with their positions into x f[B,S,D]; and the bias f32[B,H,S,S]."""
@@ -308,8 +308,5 @@ def _check(encoded: Encoded, read: Side, written: Side, config: ConfigDict) -> N
     raise UsageError(f"document {encoded.key} takes {len(written)} slots of the decoder, which has "
                      f"{capacity} in a row; raise config.data.decoder_tokens or lower "
                      "config.data.window")
-  longest = 1 + max(side.positions.max(initial=-1) for side in (read, written))
-  if longest > config.llm.positions:
-    raise UsageError(f"document {encoded.key} has {longest} tokens on one side but "
-                     f"config.llm.positions is {config.llm.positions}; raise it or lower "
-                     "config.data.window")
+  for side in (read, written):
+    concat.check_positions(encoded, side.positions, config)

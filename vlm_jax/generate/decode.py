@@ -187,11 +187,12 @@ class Saying:
 
 def split(config: ConfigDict, params: Params, cache: Cache) -> tuple[Params, Cache]:
   """Parameters and columns with the layers of the runs that are cached apart."""
-  runs = tuple(f"llm/{run}/" for run in find_llm(config).RUNS)
+  runs = tuple(f"{run}/" for run in (*(f"llm/{run}" for run in find_llm(config).RUNS),
+                                     *getattr(find_fusion(config), "RUNS", ())))
   leaves = {path: stack.apart(leaf) if path.startswith(runs) else leaf
             for path, leaf in flatten(params).items()}
   k, v, memory = stack.apart((cache.k, cache.v, cache.memory))
-  return unflatten(leaves), Cache(k, v, cache.length, memory)
+  return unflatten(leaves), dataclasses.replace(cache, k=k, v=v, memory=memory)
 
 
 def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens

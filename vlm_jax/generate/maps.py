@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.errors import DiskError, UsageError
-from vlm_jax.core.fusion import find_fusion, find_llm, find_tower
+from vlm_jax.core.fusion import find_fusion, find_tower
+from vlm_jax.core.layout import mask_axes
 from vlm_jax.core.typing import Params
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.generate.prompts import layouts, stack
@@ -140,9 +141,13 @@ def check(config: ConfigDict, pictures: int, layers: Sequence[int]) -> None:
   """
   if not pictures:
     raise UsageError("--attention-map needs a picture; give one with --image")
-  if find_llm(config).KIND != "decoder":
-    raise UsageError(f"--attention-map: in config.llm.name '{config.llm.name}' pictures are read "
-                     "by an encoder, so no word looks at them directly; leave it out")
+  module = find_fusion(config)
+  apart = [name for name, (queries, keys) in mask_axes(module.fields(config)).items()
+           if queries == module.STREAM != keys]
+  if apart:
+    raise UsageError(f"--attention-map: in config.fusion.name '{config.fusion.name}' pictures are "
+                     f"not among the slots of text, which reads them through the mask '{apart[0]}';"
+                     " leave it out")
   depth = config.llm.depth
   if any(not -depth <= layer < depth for layer in layers):
     raise UsageError(f"--attention-layers: the model has layers 0 to {depth - 1}, got "

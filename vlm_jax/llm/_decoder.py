@@ -2,6 +2,8 @@
 
     x + attention(norm x), then x + mlp(norm x)     repeated, norm, vocabulary
 
+Positions turn queries and keys, or are learned and added to whatever stands in a slot.
+
 Layers may be of several kinds, local and global ones. They have the same parameters, so a kind is
 data: who sees whom, and how positions turn. All layers stay one run, whatever their order, and
 layer 30 is index 30 of every array.
@@ -26,7 +28,7 @@ from vlm_jax.core.typing import Array
 from vlm_jax.nn import stack
 from vlm_jax.nn.attention import Attention, Columns, Context, make_context
 from vlm_jax.nn.linear import parameter
-from vlm_jax.nn.mlp import GatedMLP
+from vlm_jax.nn.mlp import MLP, GatedMLP
 from vlm_jax.nn.norms import RMSNorm
 from vlm_jax.ops.rope import Pairs, rotation, sequence, stretched, stretched_llama3
 
@@ -60,12 +62,12 @@ class Kind(NamedTuple):
   """A kind of layer.
 
   Attributes:
-    theta: base of the wavelengths of its rotary positions.
+    theta: base of the wavelengths of its rotary positions, None: it has none.
     scaled: whether `config.llm.rope_scaling` is of its positions.
     window: how many slots back it sees, itself counted; 0: all that the mask shows.
   """
 
-  theta: float
+  theta: float | None
   scaled: bool = True
   window: int = 0
 
@@ -79,6 +81,10 @@ class Parts:
     order: the kind of every layer, an index of `kinds`; (): there is one kind.
     norm: of layers and behind the last one.
     qkv_bias: whether queries, keys and values have biases.
+    bias: whether what attention returns has one, and a plain MLP.
+    gated: whether the MLP is gated, which has no biases.
+    positions: how many learned ones there are, 0: none.
+    positions_unread: rows of their table before the first.
     qk_norm: a name of `nn.norms.QK_NORMS`, or None.
     post_norms: whether what attention and MLP return is normalised before it is added.
     scale: of the attention logits, None: C ** -0.5.
@@ -90,6 +96,10 @@ class Parts:
   order: tuple[int, ...] = ()
   norm: type[nn.Module] = RMSNorm
   qkv_bias: bool = False
+  bias: bool = False
+  gated: bool = True
+  positions: int = 0
+  positions_unread: int = 0
   qk_norm: str | None = None
   post_norms: bool = False
   scale: float | None = None
@@ -185,8 +195,14 @@ class Head(nn.Module):
     return self.kernel
 
 
+def place(table: Array, positions: Array, precision: Precision) -> Array:
+  """Learned positions i32[B,T] to f[B,T,D] by their table f[P,D]; NaN behind the last there is."""
+  table = constrain(table.astype(precision.compute), (None, None))
+  return constrain(jnp.take(table, positions, axis=0), ("batch", None, None))
+
+
 class Block(nn.Module):
-  """One layer: attention and a gated MLP, normalised before and perhaps after."""
+  """One layer: attention and an MLP, normalised before and perhaps after."""
 
   config: ConfigDict
   parts: Parts
@@ -208,7 +224,7 @@ class Block(nn.Module):
       groups=config.kv_heads,
       head_dim=head_dim(config),
       bias=parts.qkv_bias,
-      out_bias=False,
+      out_bias=parts.bias,
       implementation=self.implementation,
       precision=self.precision,
       qk_norm=parts.qk_norm,
@@ -218,7 +234,9 @@ class Block(nn.Module):
       name="attention",
     )(norm("attention_norm")(x), columns, context)
     x = x + after("attention_post_norm")(y)
-    mlp = GatedMLP(config.width, config.mlp, config.activation, self.precision, name="mlp")
+    sizes = config.width, config.mlp, config.activation
+    mlp = (GatedMLP(*sizes, self.precision, name="mlp") if parts.gated
+           else MLP(*sizes, parts.bias, self.precision, name="mlp"))
     # Two names: theirs calls this norm without post-norms as it calls attention's with them.
     y = mlp(norm("mlp_pre_norm" if parts.post_norms else "mlp_norm")(x))
     return x + after("mlp_post_norm")(y), columns
@@ -239,6 +257,11 @@ class Decoder(nn.Module):
   def setup(self):
     config, parts = self.config, self.parts(self.config)
     self.embedder = Embed(config.vocab_size, config.width, self.precision, name="embed")
+    if parts.positions:
+      self.positions = parameter(
+        self, "positions", initializers.normal(config.width**-0.5),
+        (parts.positions_unread + parts.positions, config.width), ("position", "embed"),
+        self.precision.param)
     self.layers = stack.run(
       Block,
       config.depth,
@@ -259,15 +282,17 @@ class Decoder(nn.Module):
     return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
   def __call__(
-    self, x: Array, positions: Array, mask: IntervalMask, cache: Cache | None = None
+    self, x: Array, positions: Array, mask: IntervalMask, cache: Cache | None = None,
+    visitors: stack.Visitors | None = None,
   ) -> Output:
     """Runs the decoder.
 
     Args:
       x: f[B,T,D], embedded tokens and media rows.
-      positions: i32[B,T] for the rotary embedding.
+      positions: i32[B,T], rotary or learned.
       mask: query fields i32[B,T]; with a cache of S columns, key fields and `k_index` i32[B,S].
       cache: keys and values so far; this call's are appended at column `cache.length`.
+      visitors: layers of a strategy between these; what they cache is `cache.memory`.
 
     Returns:
       hidden f[B,T,D], head f[D,V], its soft cap, and the longer cache (None without one).
@@ -283,9 +308,15 @@ class Decoder(nn.Module):
       context = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
       apart = cache is not None and isinstance(cache.k, list)
       columns = columns, list(parts.order) if apart else jnp.asarray(parts.order, jnp.int32)
-    x, columns = self.layers(x.astype(self.precision.compute), columns, context)
+    x, kept = x.astype(self.precision.compute), None
+    if parts.positions:
+      x = x + place(self.positions, parts.positions_unread + positions, self.precision)
+    if visitors is None:
+      x, columns = self.layers(x, columns, context)
+    else:
+      x, columns, kept = stack.visit(self.layers, visitors, x, columns, context)
     if cache is not None:
-      cache = Cache(*columns, length=cache.length + x.shape[1])
+      cache = Cache(*columns, length=cache.length + x.shape[1], memory=kept)
     head = self.embedder.embedding.T if self.config.tie_embeddings else self.head()
     return Output(self.norm(x), constrain(head, (None, "vocab")), cache, parts.final_soft_cap)
 
@@ -303,8 +334,9 @@ class Decoder(nn.Module):
           "of form 'fan_out' puts branches into documents, whose slots a window cannot count; "
           "choose another form, or config.data.tokens of at most the window")
       mask = mask.within(_own_index(mask, cache), kind.window)
+    turn = None if kind.theta is None else rotation(positions, pairs(config, kind))
     return make_context(
-      mask, rotation(positions, pairs(config, kind)),
+      mask, turn,
       (self.attention.block_q, self.attention.block_k), sharing=config.heads // config.kv_heads,
       width=head_dim(config), dtype=self.precision.compute, **written)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.precision import Precision
@@ -17,7 +18,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
 }
+FEED_FORWARDS = ("plain", "gated")
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -59,3 +62,22 @@ class GatedMLP(nn.Module):
     gate = activation(self.activation)(linear(self.hidden, ("embed", "mlp"), "gate")(x))
     up = linear(self.hidden, ("embed", "mlp"), "up")(x)
     return linear(self.width, ("mlp", "embed"), "down")(gate * up)
+
+
+def feed_forward(kind: str, width: int, hidden: int, activation: str, bias: bool,
+                 precision: Precision, name: str) -> nn.Module:
+  """The block f[..., D] to f[..., width] of a kind.
+
+  Args:
+    kind: "plain", an MLP, or "gated", a GatedMLP.
+    width, hidden, activation, precision, name: of the block.
+    bias: of a plain one.
+
+  Raises:
+    UsageError: an unknown kind.
+  """
+  if kind not in FEED_FORWARDS:
+    raise UsageError(f"config: feed_forward is '{kind}'; {nearest(kind, FEED_FORWARDS)}")
+  if kind == "gated":
+    return GatedMLP(width, hidden, activation, precision, name=name)
+  return MLP(width, hidden, activation, bias, precision, name=name)

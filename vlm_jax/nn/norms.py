@@ -84,6 +84,16 @@ class LayerNorm(nn.Module):
     return x.astype(self.precision.compute)
 
 
+NORMS = MappingProxyType({"layer": LayerNorm, "rms": RMSNorm})
+
+
+def norm(kind: str, eps: float, precision: Precision, name: str) -> nn.Module:
+  """The norm of a kind, f[..., D] to f[..., D] in the compute dtype; an unknown one: UsageError."""
+  if kind not in NORMS:
+    raise UsageError(f"config: norm is '{kind}'; {nearest(kind, NORMS)}")
+  return NORMS[kind](eps, precision, name=name)
+
+
 # QK-norm (arXiv:2302.05442, section 2): queries and keys f[B,T,H,C] are normalised over C, before
 # they are rotated, which bounds the logits whatever the projections grow to.
 QK_NORMS = MappingProxyType({

@@ -9,6 +9,7 @@ from jax.nn import initializers
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
 from vlm_jax.nn.linear import parameter
+from vlm_jax.ops.attention import DistanceBias
 
 
 def relations(height: int, width: int) -> np.ndarray:
@@ -53,3 +54,26 @@ class GridBias(nn.Module):
     bias = jnp.einsum("bhiq,bjq->bhij", bias, which, precision=exact)
     same = (image[:, :, None] == image[:, None, :])[:, None]
     return jnp.where(same, bias, 0.0)
+
+
+class DistanceTable(nn.Module):
+  """A learned number a head and bucket of distances in a text (T5, arXiv:1910.10683, section 2.1).
+
+  Attributes:
+    heads: H.
+    buckets, max_distance, bidirectional: see `ops.attention.DistanceBias`.
+    precision: dtypes.
+  """
+
+  heads: int
+  buckets: int
+  max_distance: int
+  bidirectional: bool
+  precision: Precision
+
+  @nn.compact
+  def __call__(self, queries: Array, keys: Array) -> DistanceBias:
+    """Positions i32[B,T] and i32[B,S] to the bias of the logits between them."""
+    table = parameter(self, "table", initializers.normal(0.02), (self.heads, self.buckets),
+                      ("heads", None), self.precision.param)
+    return DistanceBias(table, queries, keys, self.max_distance, self.bidirectional)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.core.batch import from_flat
+from vlm_jax.core.layout import IGNORE
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.data import inspect, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def one_row(batch: dict[str, np.ndarray], stream: str) -> IntervalMask:
 def interesting(batch: dict[str, np.ndarray], stream: str, mask: IntervalMask) -> int:
   """Where the first document with branches begins, else the first with an image, else 0."""
   ids, fill = (batch[f"streams/{stream}/{field}"][0] for field in ("segment_ids", "fill"))
-  for wanted in (None if mask.q_class is None else mask.q_class > 0, fill >= 0):
+  for wanted in (None if mask.q_class is None else mask.q_class > 0, fill != IGNORE):
     if wanted is not None and wanted.any():
       return int(np.flatnonzero(ids == ids[np.argmax(wanted)])[0])
   return 0

@@ -16,7 +16,8 @@ from vlm_jax.report.run import Run
 COUNT, WRONG = 12, 4  # samples shown, of which at most so many that are wrong
 SHOWN = {"key", "document", "prediction", "score"}  # what a row needs to be a sample
 SIDE = 144  # pixels of the longer side of a picture
-CONTROLS = {"none": "without the picture", "shuffled": "with another picture"}
+CONTROLS = {"none": "without the picture", "shuffled": "with another picture",
+            "shuffled_shots": "with the answers of its shots shuffled"}
 
 
 def section(run: Run, label: str, step: int, numbers: dict[str, Any], maps: int) -> Html | None:

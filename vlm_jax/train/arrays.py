@@ -8,7 +8,9 @@ chunks that can be read alone.
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,14 @@ def chunks(tree: Any) -> Any:
   return jax.tree.map(args, tree)
 
 
-def open_pieces(directory: Path, expected: dict[str, dict[str, Any]]) -> dict[str, Pieces]:
-  """The arrays of a nested dict by path.
+def open_pieces(directory: Path, expected: dict[str, dict[str, Any]],
+                boxes: dict[str, tuple[slice, ...]] | None = None) -> dict[str, Pieces]:
+  """The arrays of an item of a checkpoint by path.
 
   Args:
-    directory: of one item of a checkpoint.
+    directory: of the item.
     expected: path to "shape" and "dtype", of every array, as the checkpoint's manifest has them.
+    boxes: path to the part of the array that is wanted; None: the whole of all.
 
   Raises:
     Corrupt: an array is missing, is another than expected, or cannot be read; now or when a piece
@@ -113,13 +117,75 @@ def open_pieces(directory: Path, expected: dict[str, dict[str, Any]]) -> dict[st
     shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
     if (list(shape), str(dtype)) != (entry["shape"], entry["dtype"]):
       raise Corrupt(f"array '{path}' is {dtype}{list(shape)}")
+    # A chunk is decoded whole, so pieces are whole chunks.
+    least = min(array.chunk_layout.read_chunk.shape[0], shape[0]) if shape else 1
+    if boxes is not None and shape:
+      array = array[boxes[path]].translate_to[(0,) * len(shape)]
+      shape = tuple(array.shape)
 
     def read(start: int, stop: int) -> np.ndarray:
       with reading(path):
         return (array[start:stop] if shape else array).read().result()
 
-    # A chunk is decoded whole, so pieces are whole chunks.
-    least = min(array.chunk_layout.read_chunk.shape[0], shape[0]) if shape else 1
     return Pieces(shape, dtype, read, pieces.rows(shape, dtype, max(1, least)))
 
   return {path: opened(path, entry) for path, entry in expected.items()}
+
+
+def load(directory: Path, expected: dict[str, dict[str, Any]], abstract: Any) -> Any:
+  """The arrays of an item of a checkpoint, each where its leaf of `abstract` lies.
+
+  Every piece is read once, however many devices share it, and only where this process has a part
+  of it; beside what the devices hold there is one array in memory.
+
+  Args:
+    directory: of the item.
+    expected: as of `open_pieces`.
+    abstract: the tree with shapes, dtypes and shardings.
+
+  Raises:
+    Corrupt: as `open_pieces`.
+  """
+  flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+  leaves = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in flat}
+  spans = {path: _spans(leaf) for path, leaf in leaves.items()}
+  boxes = {path: tuple(slice(min(start for start, _ in axis), max(stop for _, stop in axis))
+                       for axis in zip(*mine, strict=True)) for path, mine in spans.items()}
+  found = open_pieces(directory, {path: expected[path] for path in leaves}, boxes)
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding lets the others run
+    return treedef.unflatten(_spread(found[path], leaf, spans[path], boxes[path], pool)
+                             for path, leaf in leaves.items())
+
+
+def _spans(leaf: jax.ShapeDtypeStruct) -> set[tuple[tuple[int, int], ...]]:
+  """(start, stop) of every axis of the parts that devices of this process hold."""
+  return {_span(index, leaf.shape)
+          for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+
+
+def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+  return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _spread(array: Pieces, leaf: jax.ShapeDtypeStruct, spans: set[tuple[tuple[int, int], ...]],
+            box: tuple[slice, ...], pool: ThreadPoolExecutor) -> jax.Array:
+  """An array on the devices of `leaf`, from the pieces of its part within `box`."""
+  parts = {span: np.empty([stop - start for start, stop in span], array.dtype) for span in spans}
+
+  def fill(begin: int) -> None:
+    piece = array.read(begin, min(begin + array.rows, array.last))
+    for span, part in parts.items():
+      if not span:
+        part[...] = piece
+        continue
+      (start, stop), *rest = [(start - of.start, stop - of.start)
+                              for (start, stop), of in zip(span, box, strict=True)]
+      low, high = max(start, begin), min(stop, begin + len(piece))
+      if low < high:
+        part[low - start : high - start] = piece[
+          (slice(low - begin, high - begin), *(slice(*axis) for axis in rest))]
+
+  list(pool.map(fill, range(0, array.last, array.rows)))
+  return jax.make_array_from_callback(
+    leaf.shape, leaf.sharding,
+    lambda index: parts[_span(index, leaf.shape)].astype(leaf.dtype, copy=False))

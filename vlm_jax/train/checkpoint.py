@@ -233,8 +233,11 @@ def read(manager: ocp.CheckpointManager, step: int, abstract: dict) -> tuple[dic
   """
   manifest, data, meta = read_documents(manager, step)
   same_model(manifest["arrays"], abstract, step)
-  tree = {name: read_item(manager, step, name, ocp.args.StandardRestore(item))
-          for name, item in abstract.items()}
+  tree = {}
+  for name, item in abstract.items():
+    mine = {path.partition("/")[2]: entry for path, entry in manifest["arrays"].items()
+            if path.split("/")[0] == name}
+    tree[name] = arrays.load(manager.directory / str(step) / name, mine, item)
   verify(tree, manifest)
   return tree, data, meta
 
@@ -245,7 +248,10 @@ def read_documents(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dic
   Raises:
     Corrupt: one is not what was written.
   """
-  json_item = lambda name: read_item(manager, step, name, ocp.args.JsonRestore())
+  def json_item(name: str) -> Any:
+    with reading(name):
+      return manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]
+
   manifest = json_item("manifest")
   own = manifest.pop("digest", None) if isinstance(manifest, dict) else None
   if own is None or own != digest.of_json(manifest):
@@ -266,12 +272,6 @@ def verify(tree: Any, manifest: dict[str, Any]) -> None:
   for name, entry in digest.of_arrays(tree).items():
     if entry != manifest["arrays"][name]:
       raise Corrupt(f"array '{name}' is not what was written")
-
-
-def read_item(manager: ocp.CheckpointManager, step: int, name: str, args: Any) -> Any:
-  """One item of a checkpoint as Orbax reads it, not verified; Corrupt when it cannot."""
-  with reading(name):
-    return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
 
 def same_model(saved: dict[str, dict], abstract: dict, step: int) -> None:

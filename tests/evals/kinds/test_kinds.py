@@ -20,7 +20,7 @@ def test_every_kind_loads_by_name(name):
 
 def test_names_that_are_not_kinds():
   assert {"vqa", "perplexity", "caption", "choice", "pope", "anls", "relaxed",
-          "retrieval", "zero_shot"} == set(NAMES)
+          "retrieval", "zero_shot", "few_shot"} == set(NAMES)
   with pytest.raises(UsageError, match="did you mean 'caption'"):
     kinds.find_kind("captions")
   with pytest.raises(UsageError, match="outside vlm_jax"):

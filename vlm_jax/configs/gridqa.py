@@ -1,0 +1,102 @@
+"""GridQA: in how few tokens a strategy keeps a picture, and what it loses with fewer.
+
+Sixteen cells of eight colours (`data/sources/gridqa.py`), a cell a patch, and a decoder of three
+layers from scratch: a variant trains in about a minute on two cores and differs from the others in
+what stands between picture and text alone. All see the same documents in the same order. Arguments,
+one of each group, joined by commas:
+
+  full16      LLaVA's arrangement, every cell a token ("": this one)
+  blind       the same without the picture
+  mean        the mean of all cells: it counts colours, and most often one of them is right
+  pool4       the means of 2 x 2 cells
+  concat4     2 x 2 cells side by side, projected: as many tokens as pool4, and nothing is lost
+  resampler1, resampler4, resampler8   that many latents of a Perceiver Resampler
+  flamingo    eight latents, which gated layers read; a picture is one token of the text
+  flamingo_all   its control: text sees every picture of the document, not the last one before it
+
+  ""           one grid and sixteen questions, none of which sees another
+  interleaved  three grids and a question behind each: which one did it follow?
+  binding      names that colours have in one document only, asked behind 0, 4 and 8 shots
+
+  debug       seconds: few steps, a few test grids; its numbers mean nothing
+
+`BANDS` says what numbers must lie between what; benchmarks/gridqa.py measures them.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.configs import base
+from vlm_jax.data.sources.gridqa import BOUND, SHOWN
+
+RESAMPLER = {"connector.name": "perceiver", "connector.depth": 2, "connector.heads": 4,
+             "connector.head_dim": 16, "connector.activation": "gelu"}
+FLAMINGO = {**RESAMPLER, "fusion.name": "flamingo", "connector.latents": 8}
+# What is different from full16, field to value.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "full16": {},
+  "blind": {"data.sources.gridqa.images": "none", "evals.gridqa.images": "none"},
+  "mean": {"connector.name": "pool", "connector.factor": 4},
+  "pool4": {"connector.name": "pool"},
+  "concat4": {"connector.name": "space_to_depth"},
+  "resampler1": {**RESAMPLER, "connector.latents": 1},
+  "resampler4": {**RESAMPLER, "connector.latents": 4},
+  "resampler8": {**RESAMPLER, "connector.latents": 8},
+  "flamingo": {**FLAMINGO, "fusion.image_attention": "last"},
+  "flamingo_all": {**FLAMINGO, "fusion.image_attention": "all"},
+}
+TASKS = ("", "interleaved", "binding")
+# Argument to the numbers of evaluation "gridqa" and what they lie between, ends included.
+BANDS: dict[str, dict[str, tuple[float, float]]] = {
+  "blind": {"accuracy": (0, 0.15)},
+  "mean": {"accuracy": (0, 0.35)},
+  "pool4": {"accuracy": (0, 0.5)},
+  "concat4": {"accuracy": (0.95, 1)},
+  "resampler1": {"accuracy": (0, 0.4)},
+  "resampler4": {"accuracy": (0.4, 0.97)},
+  "resampler8": {"accuracy": (0.9, 1)},
+  "full16": {"accuracy": (0.95, 1), "shuffled/accuracy": (0, 0.2)},
+  "flamingo": {"accuracy": (0.9, 1), "shuffled/accuracy": (0, 0.2)},
+  "full16,interleaved": {"accuracy": (0.9, 1), "shuffled/accuracy": (0, 0.2)},
+  "flamingo,interleaved": {"accuracy": (0.9, 1), "shuffled/accuracy": (0, 0.2)},
+  "flamingo_all,interleaved": {"accuracy": (0, 0.55)},
+  # Of four shots one in two shows the colour; of the others one in four unused names is right.
+  "mean,binding": {"accuracy@0": (0, 0.2), "accuracy@4": (0.4, 0.75), "accuracy@8": (0.85, 1),
+                   "shuffled_shots/accuracy@8": (0, 0.2)},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The recipe; `arg` as in the module."""
+  variant, task, debug = base.choose(arg, tuple(VARIANTS), TASKS, ("", "debug"))
+  config = base.get_config()
+  config.fusion.name = "concat"
+  # The patches as they are embedded, with their places: all mixing of cells is the variant's.
+  config.tower.update(image_size=16, patch=4, width=64, depth=1, mlp=64, heads=1, post_norm=False,
+                      feature_layer=-2)
+  config.llm.update(vocab_size=357, width=64, depth=3, mlp=192, heads=4, kv_heads=4)
+
+  config.data.root = "data/gridqa_only"  # a tokenizer of its own, of which every word is one token
+  # Four grids fill a row, with all their questions and the most tokens a picture takes.
+  config.data.update(rows=4, tokens=384, images=4)
+  config.data.sources.gridqa = base.source(name="gridqa", form=task or "fan_out")
+  config.optim.update(lr=2e-3, b2=0.98, weight_decay=0.01, warmup=100)
+  config.train.update(steps=400, log_every=50, checkpoint_every=400)
+  config.evals.gridqa = base.evaluation(
+    source="gridqa", split="test", controls=("shuffled",), together=16, batch=32, max_tokens=2,
+    limit=200)
+  if task == "interleaved":
+    config.data.images = 6 * SHOWN
+    config.evals.gridqa.limit = 1000
+  if task == "binding":
+    config.data.images = 8 * BOUND
+    config.evals.gridqa.update(kind="few_shot", form="episode", choose="own", limit=1000,
+                               controls=("shuffled_shots",))
+
+  config.update_from_flattened_dict(VARIANTS[variant])
+  if debug:
+    config.optim.warmup = 2
+    config.train.update(steps=4, log_every=2, checkpoint_every=4)
+    config.evals.gridqa.update(limit=8, batch=8)
+  return config
