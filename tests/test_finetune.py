@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -123,6 +124,9 @@ def test_the_recipe_of_a_published_checkpoint(place):
   assert {path.split("/")[0] for path in trains(config)} == {"connector", "llm"}
   tokens = os.listdir(place / "data" / "tokenizers")
   assert len(tokens) == 1 and recipe() is not config and os.listdir("data/tokenizers") == tokens
+  shutil.copytree("llava-1.5", "moved/elsewhere")  # a run goes on when its checkpoint has moved
+  moved = recipe(INIT.replace("llava-1.5", str(place / "moved/elsewhere")))
+  assert moved.data.tokenizer == config.data.tokenizer and os.listdir("data/tokenizers") == tokens
   adapted = recipe(INIT + ",lora,debug")
   assert adapted.train.steps == 4 and adapted.data.rows == 2
   assert {path.rsplit("/", 1)[-1] for path in trains(adapted) if path.startswith("llm/")} == {

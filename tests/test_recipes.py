@@ -1,12 +1,14 @@
 """The recipes of published systems are whole models of the sizes that they name."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from vlm_jax import recipes
 from vlm_jax.configs import base
+from vlm_jax.connectors import qformer
 from vlm_jax.convert import llava, processor, systems
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
@@ -73,6 +75,37 @@ def test_words(name):
   for words in ("debug", "13b", "debug,pretrain"):
     config = recipes.load(f"configs/{name}.py:{words}")
     assert config.train.steps == 50 or "debug" not in words
+
+
+@pytest.mark.parametrize("words, name, queries, words_read", [
+  ("opt-2.7b", "blip2", 105_162_240, 0),
+  ("flan-xl", "blip2_t5", 105_162_240, 0),
+  ("align", "blip2_qformer", 105_162_240, 80_522_496),
+])
+def test_blip2_trains_its_bridge_of_the_published_size(words, name, queries, words_read):
+  """105.2M parameters read pictures, 185.7M with words (12 layers, both MLPs, the embedding)."""
+  config = recipes.load(f"configs/blip2.py:{words}")
+  assert config.fusion.name == name and config.connector.latents == 32
+  moves = {"connector", "tower"} | ({"caption", "match", "temperature", "image_projection",
+                                     "text_projection"} if words_read else set())
+  assert moved(config) == moves
+  shapes = systems.shapes(config)
+  count = lambda node: sum(math.prod(shape) for path, shape in shapes.items()
+                           if path.startswith(f"connector/{node}"))
+  assert count("") - count("project") == queries + words_read
+  own = [path for path in shapes if path.startswith("connector/") and any(
+    re.fullmatch(pattern, path.removeprefix("connector/")) for pattern in qformer.STAGED)]
+  assert bool(words_read) == ("connector/words" in own) != ("connector/project/bias" in own)
+  assert config.tower.depth == 39
+
+
+def test_blip2_of_small_pieces_is_llavas_with_another_connector():
+  for stage, moves in (("connector", {"connector"}), ("lora", {"connector", "llm"})):
+    ours = recipes.load(f"configs/blip2_smollm2.py:{stage}")
+    theirs = recipes.load(f"configs/llava_smollm2.py:{stage}")
+    assert moved(ours) == moves and len(find_fusion(ours).rows(ours)) == 4
+    for node in ("tower", "llm", "data", "optim", "train", "lora", "evals"):
+      assert ours[node].to_json() == theirs[node].to_json()
 
 
 def test_flamingo_trains_its_bridge():

@@ -1,5 +1,6 @@
 """`vlm-jax plan --tokens`: what it prints is what the functions say, bad input is one sentence."""
 
+import itertools
 import json
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_several_images(capsys):
   assert plan["LLaVA-1.5"]["sequence"] == 5760 + 64 and plan["LLaVA-1.5"]["context_share"] > 1
   assert plan["LLaVA-NeXT"]["slots"] == 19480
   assert (plan["Flamingo"]["slots"], plan["Flamingo"]["memory_rows"]) == (10, 640)
+
+
+def test_slots_are_those_of_every_system_at_every_size():
+  """What the tests of ops/visual_tokens.py hold to transformers is what is printed."""
+  for width, height in itertools.product((50, 336, 640, 1080, 1920), repeat=2):
+    plan = plan_tokens.compare((width, height), 1, LLMS["vicuna-7b"], 64, 64, 80 * 10**9)["systems"]
+    assert plan.keys() == SYSTEMS.keys()
+    for name, system in SYSTEMS.items():
+      image = system.image(height, width)
+      assert plan[name]["slots"] == max(image.slots, image.later or 0), (name, width, height)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 100_000), (100_000, 1), (100_000, 100_000)])

@@ -10,12 +10,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from tests.convert import test_paligemma_parity, test_systems
 from vlm_jax.configs import base
 from vlm_jax.convert import sources, systems
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.tree import flatten
+from vlm_jax.train import initial
 
 
 def block(weights, heads):
@@ -104,6 +107,7 @@ def paligemma(weights, config, scanned):
     one = below(text, f"layers.{number}.")
     by_head = lambda name, count, one=one: one[f"self_attn.{name}_proj.weight"].reshape(
       count, -1, width).transpose(0, 2, 1)
+    second = "pre_feedforward_layernorm.weight" in one  # Gemma 2 has norms behind its parts, too
     layers.append({
       "attn/q_einsum/w": by_head("q", heads),
       "attn/kv_einsum/w": np.stack([by_head("k", groups), by_head("v", groups)]),
@@ -111,7 +115,10 @@ def paligemma(weights, config, scanned):
       "mlp/gating_einsum": np.stack([one["mlp.gate_proj.weight"].T, one["mlp.up_proj.weight"].T]),
       "mlp/linear": one["mlp.down_proj.weight"].T,
       "pre_attention_norm/scale": one["input_layernorm.weight"],
-      "pre_ffw_norm/scale": one["post_attention_layernorm.weight"]})
+      **({"post_attention_norm/scale": one["post_attention_layernorm.weight"],
+          "pre_ffw_norm/scale": one["pre_feedforward_layernorm.weight"],
+          "post_ffw_norm/scale": one["post_feedforward_layernorm.weight"]} if second else
+         {"pre_ffw_norm/scale": one["post_attention_layernorm.weight"]})})
   out = stack(out, "llm/layers", layers, scanned)
   return out | {
     "img/head/kernel": weights["multi_modal_projector.linear.weight"].T,
@@ -121,7 +128,21 @@ def paligemma(weights, config, scanned):
 
 
 SYSTEMS = {"siglip": (siglip, ("tower", "llm")),
-           "paligemma": (paligemma, ("tower", "connector", "llm"))}
+           "paligemma": (paligemma, ("tower", "connector", "llm")),
+           "paligemma2": (paligemma, ("tower", "connector", "llm"))}
+
+
+def their_model(system):
+  """A tiny random model; of the second PaliGemma with norms that differ."""
+  if system != "paligemma2":
+    return test_systems.their_model(system)
+  torch.manual_seed(0)
+  model = transformers.PaliGemmaForConditionalGeneration._from_config(
+    test_paligemma_parity.their_config(1))
+  with torch.no_grad():
+    for weight in model.parameters():
+      weight.normal_()
+  return model
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +150,13 @@ def made(tmp_path_factory):
   """System to config, our parameters of the safetensors, and their weights by key."""
   found = {}
   for system in SYSTEMS:
-    model = test_systems.their_model(system)
-    if system == "paligemma":
-      assert test_paligemma_parity.their_config(0).text_config.model_type == "gemma"
+    model = their_model(system)
     folder = tmp_path_factory.mktemp(system)
     model.save_pretrained(folder)
     recipe = base.get_config()
     recipe.data.sources.only = base.source(name="only")
     config, params = systems.read(folder, recipe)
+    assert config.llm.post_norms == (system == "paligemma2")
     found[system] = config, flatten(params), {
       key: weight.detach().numpy() for key, weight in model.state_dict().items()}
   return found
@@ -161,6 +181,25 @@ def test_every_module_is_that_of_the_safetensors(system, scanned, made, tmp_path
     assert len(found) == sum(key.startswith(f"{node}/") for key in flat)
     for key, array in found.items():
       np.testing.assert_array_equal(array, flat[f"{node}/{key}"], err_msg=f"{node}/{key}")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_whole_model(system, made, tmp_path):
+  """config.fusion.init; of a SigLIP with the projection of texts, the scale and the bias."""
+  config, flat, weights = made[system]
+  arrays = SYSTEMS[system][0](weights, config, True)
+  np.savez(tmp_path / "a.npz", **arrays)
+  config = config.copy_and_resolve_references()
+  config.fusion.init = str(tmp_path / "a.npz")
+  found = initial.read(config, flat)
+  assert found.keys() == flat.keys()
+  for path, array in found.items():
+    np.testing.assert_array_equal(array, flat[path], err_msg=path)
+  if system == "siglip":
+    assert {"text_projection/kernel", "logit_scale", "logit_bias"} <= found.keys()
+    np.savez(tmp_path / "a.npz", **{key: value for key, value in arrays.items() if key != "t"})
+    with pytest.raises(DataError, match="config.fusion.init=.*keys are missing: t"):
+      initial.read(config, flat)
 
 
 def test_damage_is_named(made, tmp_path):

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -16,8 +18,10 @@ import vlm_jax
 from tests.data import test_chat
 from tests.data import tokenizers_of_others as others
 from vlm_jax.cli import main as cli
+from vlm_jax.configs import base
+from vlm_jax.convert import hf_text, systems
 from vlm_jax.core.document import Document, Image, Text
-from vlm_jax.core.errors import USAGE
+from vlm_jax.core.errors import USAGE, DiskError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
 from vlm_jax.evals import embed
@@ -187,6 +191,33 @@ def test_its_files_are_written_again(imported):
   ours = (ours / 255 - np.array(config.tower.mean)) / np.array(config.tower.std)
   theirs = np.asarray(made(picture, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
   assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_a_tokenizer_that_cannot_be_kept(imported, tmp_path, monkeypatch):
+  """A full disk leaves nothing, and another process that was faster has written the same."""
+  theirs = imported[0] / "theirs"
+  config = systems.read_config(theirs, base.get_config())
+
+  def full(path, content):
+    raise OSError(28, "full")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskError, match=r"cannot be written \(full\)"):
+      systems.adopt_tokenizer(theirs, config, tmp_path / "a")
+  assert os.listdir(tmp_path / "a") == []
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(DiskError, match="config.data.tokenizer .*file/tokenizer cannot be written"):
+    systems.adopt_tokenizer(theirs, config, tmp_path / "file")
+  keep = hf_text.keep
+
+  def slow(directory, made):
+    keep(directory, made)
+    shutil.copytree(made, tmp_path / "b" / hf_text.FOLDER)
+
+  monkeypatch.setattr(hf_text, "keep", slow)
+  systems.adopt_tokenizer(theirs, config, tmp_path / "b")
+  assert os.listdir(tmp_path / "b") == [hf_text.FOLDER]
 
 
 def test_refusals(imported, capsys):

@@ -1,11 +1,12 @@
 """A file or directory is the old or the new one, and nothing else is left behind."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from vlm_jax.core.errors import DiskError, UsageError
-from vlm_jax.core.writing import new_directory, write_atomically
+from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.core.writing import copy, new_directory, write_atomically
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -44,3 +45,25 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
   with pytest.raises(DiskError, match="cannot be written"), new_directory(tmp_path / "file" / "z"):
     pass
   assert sorted(os.listdir(tmp_path)) == ["file", "made"]
+
+
+def test_a_copy_says_which_side_is_wrong(tmp_path, monkeypatch):
+  (tmp_path / "a").write_bytes(b"1")
+  (tmp_path / "b").mkdir()
+  copy(tmp_path / "a", tmp_path / "b")
+  assert (tmp_path / "b" / "a").read_bytes() == b"1"
+  with pytest.raises(DataError, match="b cannot be read"):
+    copy(tmp_path / "b", tmp_path)
+  with pytest.raises(DiskError, match="c/a cannot be written"):
+    copy(tmp_path / "a", tmp_path / "c")
+  write = Path.write_bytes
+
+  def full(path, content):
+    write(path, b"")
+    raise OSError(28, "full")
+
+  (tmp_path / "d").mkdir()
+  monkeypatch.setattr(Path, "write_bytes", full)
+  with pytest.raises(DiskError, match=r"d/a cannot be written \(full\)"):
+    copy(tmp_path / "a", tmp_path / "d")
+  assert os.listdir(tmp_path / "d") == []

@@ -5,7 +5,7 @@ import numpy as np
 from tests.data.broken_source import png
 from vlm_jax.core.document import Image, Text
 
-FORMS = ("fan_out", "single", "text", "choice", "caption")
+FORMS = ("fan_out", "single", "text", "choice", "caption", "match")
 LICENCE = "none"
 PACKAGE = "none"
 RECORDS, BAD = 7, 3
@@ -40,6 +40,8 @@ def parts(record, form):
                            Text(OPTIONS[n - 1], "assistant", loss=n == 1 + k % 3, branch=n))
     return [(image, *ask(k), *(part for n in (1, 2, 3) for part in option(k, n)))
             for k in range(len(record["questions"]))]
+  if form == "match":
+    return [(image, Text(CAPTIONS[0], branch=1, loss=True), Text(CAPTIONS[1], branch=2))]
   if form == "caption":
     return [(image, Text(caption, loss=True)) for caption in CAPTIONS[: len(record["questions"])]]
   if form == "single":

@@ -14,7 +14,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
-import jax.numpy as jnp
 
 from tests.fusion import contrast as c
 from tests.fusion import testing as t
@@ -24,22 +23,19 @@ from vlm_jax.core.batch import from_flat
 from vlm_jax.core.fusion import find_fusion
 
 TOLERANCE = 2e-5
-MESHES = {"clip": (8, 1, 1), "siglip": (2, 2, 2)}
+MESHES = {"clip": (8, 1, 1), "siglip": (2, 2, 2), "blip2_qformer": (4, 1, 2)}
 ROWS = 8
 FAST = {"xla_backend_optimization_level": 0}
 
 
 def main() -> int:
-  for name in MESHES:
+  for name in MESHES if "--all" in sys.argv else c.PLAIN:
     config = c.get_config(name, ROWS)
     module, params, flat = find_fusion(config), t.noise_params(config), c.batch(config)
     flat["documents/captions/digests"][5, 0] = flat["documents/captions/digests"][2, 1]
 
     def total(params, batch, module=module, config=config):
-      output = module.Model(config).apply({"params": params}, batch)
-      sums, weights = (f["contrast"] for f in (module.losses(output, batch, config),
-                                               module.weights(batch, config)))
-      return jnp.sum(sums / weights)
+      return c.total(module.Model(config).apply({"params": params}, batch), batch, config)
 
     run = jax.value_and_grad(total)
     expected = quiet(jax.jit(run, compiler_options=FAST)(params, from_flat(flat)))

@@ -89,7 +89,7 @@ def found(config, params) -> np.ndarray:
   return (scores.argmax(0) == np.arange(64)).astype(float)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", c.PLAIN)
 def test_texts_find_their_pictures(name):
   config, chance = get_config(name), 1 / len(HELD_OUT)
   train = trainer(config)

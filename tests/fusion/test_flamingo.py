@@ -114,6 +114,18 @@ def test_text_before_the_first_image_may_be_left_out():
   assert weight.tolist() == [1, 1, 0]
 
 
+def test_new_tokens_are_said_only_where_they_can_be():
+  config = config_of()
+  config.fusion.new_tokens = 2
+  ends = page(["now", "see"])
+  ends = dataclasses.replace(ends, parts=(*ends.parts, Tokens(
+    np.array([t.VOCAB], np.int32), np.array([True]))))
+  with pytest.raises(UsageError, match="page is to say token 61, .*config.fusion.say_new=True"):
+    lay_out(ends, config)
+  config.fusion.say_new = True
+  assert lay_out(ends, config).arrays["streams/text/targets"].max() == t.VOCAB
+
+
 @pytest.mark.parametrize("field, value, words", [
   ("image_attention", "lasst", "did you mean 'last'"), ("new_tokens", 0, "one for pictures"),
   ("next_image", 2.0, "a share from 0 to 1")])

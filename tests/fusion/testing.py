@@ -34,6 +34,10 @@ VARIANTS = [
   ("prefix_lm", None, True),
   ("simvlm", None, False),
   ("simvlm", None, True),
+  ("blip2", None, False),
+  ("blip2", None, True),
+  ("blip2_t5", None, False),
+  ("blip2_t5", None, True),
   ("llava_next", "causal", False),
   ("llava_next", "causal", True),
   ("flamingo", "last", False),
@@ -46,13 +50,18 @@ LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
   "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
+  "blip2_t5": dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
+                   relative_buckets=8, relative_distance=12, encoder_depth=2),
 }
+QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
 # And of other nodes.
 NODES = {
   "coca": dict(connector=dict(name="attention_pool", latents=K, heads=2)),
   "flamingo": dict(connector=dict(name="perceiver", width=24, latents=K, depth=1, heads=2,
                                   head_dim=6, hidden=20), bridge=dict(mlp=40),
                    data=dict(tokens=40)),
+  "blip2": dict(connector=QFORMER),
+  "blip2_t5": dict(connector=QFORMER),
 }
 
 

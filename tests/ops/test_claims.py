@@ -56,6 +56,8 @@ CLAIMS = [
   Claim("... with Vicuna's template", 582, 1 + 34 + 576 + 13, "wrong"),
   Claim("'... How many people are there?' and an image: 587", 587, 576 + 13, "wrong"),
   Claim("587 of 4096 are 14.3%", 14.3, Fraction(100 * 587, 4096), "rounded", 0.1),
+  Claim("... 589 are 14.4%", 14.4, Fraction(100 * 589, 4096), "rounded", 0.1),
+  Claim("... 14.3% of the 2048 of LLaMA 1", 14.3, Fraction(100 * 587, 2048), "wrong", 0.1),
   Claim("two images, 8 and 3 tokens: 1163", 1163, 576 + 8 + 576 + 3, "right"),
   Claim("... 'Compare these two images' has 8", 1163, 576 + 5 + 576 + 3, "wrong"),
   Claim("30 frames: 17,280", 17280, 30 * 576, "right"),
@@ -65,6 +67,7 @@ CLAIMS = [
         costs.image_blocks(8, [3, 1]), "right"),
   Claim("10 images of 4096: 40,960", 40960, 10 * patches(1024, 16), "right"),
   Claim("... and 500 of text: 41,460", 41460, 10 * patches(1024, 16) + 500, "right"),
+  Claim("... which are more than 128k", True, 41460 > 128 * 1024, "wrong"),
   Claim("LLaVA-NeXT has 2,880 tokens at 672 x 672", 2880, slots("LLaVA-NeXT"), "wrong"),
   Claim("... before newlines", 2880, slots("LLaVA-NeXT") - 48, "right"),
   Claim("50 tokens of text: 2,500 pairs", 2500, full(50), "right"),
@@ -77,6 +80,7 @@ CLAIMS = [
   Claim("350 tokens: 122 K pairs", 122e3, full(350), "rounded", 1e3),
   Claim("... 1.5 M in 12 layers", 1.5e6, 12 * full(350), "rounded", 1e5),
   Claim("137 times fewer pairs", 137, Fraction(full(4146), full(350)), "wrong"),
+  Claim("... with 256 and 50", 137, Fraction(full(4146), full(306)), "wrong"),
   Claim("... hence 137 times faster", 137,
         Fraction(flops(Footprint(4096), 50), flops(Footprint(300), 50)), "wrong"),
   Claim("2.1 GB of keys and values for 4146 tokens", 2.1e9, KV, "wrong", 1e8),
@@ -95,6 +99,7 @@ CLAIMS = [
         "wrong"),
   Claim("4096 to 576 is 7 times", 7, Fraction(4096, 576), "rounded"),
   Claim("... which is what LLaVA's MLP does", 7, Fraction(slots("LLaVA-1.5"), 576), "wrong"),
+  Claim("... which is what DeepSeek-VL does", 7, Fraction(4096, slots("DeepSeek-VL")), "rounded"),
   Claim("4096 to 256 is 16 times", 16, Fraction(4096, 256), "right"),
   Claim("... DeepSeek-OCR's, newlines counted", 16, Fraction(4096, slots("DeepSeek-OCR base")),
         "wrong"),
@@ -102,6 +107,8 @@ CLAIMS = [
   Claim("of 8k, 256 leave 7,800", 7800, 8192 - 256, "wrong", 100),
   Claim("64 latents of 3 images: 192", 192, 3 * SYSTEMS["Flamingo"].image(9, 9).memory.rows,
         "right"),
+  Claim("... for 576 tokens: 9 times fewer", 9, Fraction(576, 64), "right"),
+  Claim("... for 256: 4 times", 4, Fraction(256, 64), "right"),
   Claim("222 of 2048 are 10.8%", 10.8, Fraction(100 * 222, 2048), "rounded", 0.1),
   Claim("... of Flamingo's context", 10.8, Fraction(100 * (30 + 3 * slots("Flamingo")), 2048),
         "wrong", 0.1),
@@ -162,6 +169,9 @@ def test_claim(claim):
   (2173698048, KV), (183500800, KV_FEW), (543424512, kv_bytes(4146, 32, 8, 128)),
   (17606416, full(4196)), (409600, cross(100, 4096)), (2928, slots("LLaVA-NeXT")),
   (20979712, 1025 * 4096 + 4097 * 4096),
+  (11, costs.largest_batch(40 * 10**9, 14 * 10**9, KV)),
+  (141, costs.largest_batch(40 * 10**9, 14 * 10**9, KV_FEW)),
+  (33, 30 + 3 * slots("Flamingo")), (273, slots("DeepSeek-OCR base")),
   (301989888, kv_bytes(576, 32, 32, 128)), (524288, kv_bytes(1, 32, 32, 128))])
 def test_exact_integers(exact, computed):
   assert exact == computed
@@ -170,6 +180,9 @@ def test_exact_integers(exact, computed):
 def test_how_far_off_the_ratios_are():
   off = lambda claimed, exact: abs(claimed - exact) / exact
   pairs = Fraction(full(4146), full(350))
+  assert round(float(pairs), 2) == 140.32
+  assert round(float(Fraction(full(4146), full(306))), 2) == 183.58
+  assert round(float(Fraction(KV, KV_FEW)), 3) == 11.846
   assert 0.01 < off(137, pairs) < 0.03
   asked = Fraction(full(4196), cross(100, 4096))
   assert 0.05 < off(40, asked) < 0.08

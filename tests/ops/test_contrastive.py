@@ -115,3 +115,26 @@ def test_bias_has_the_gradient_of_counting():
   logits = SCALE * np.asarray(pairs.image @ pairs.text.T) + BIAS
   expected = (1 / (1 + np.exp(-logits))).sum() / N - 1
   np.testing.assert_allclose(ours("sigmoid", pairs)[4], expected, rtol=1e-5)
+
+
+def test_several_vectors_a_picture_and_smoothed_labels_are_torchs():
+  """The nearest of a picture's vectors counts; s is spread over all candidates, own included."""
+  pairs, rng = make(3), np.random.default_rng(4)
+  several = rng.normal(size=(N, 3, E))
+  several = jnp.asarray(several / np.linalg.norm(several, axis=-1, keepdims=True), jnp.float32)
+
+  def total(image, smoothing):
+    return softmax_losses(pairs._replace(image=image), SCALE, smoothing).mean()
+
+  image = torch.tensor(np.array(several), requires_grad=True)
+  text = torch.tensor(np.array(pairs.text))
+  logits = SCALE * torch.einsum("nke,me->nkm", image, text).max(1).values
+  own = torch.arange(N)
+  loss = sum(torch.nn.functional.cross_entropy(one, own, label_smoothing=0.1)
+             for one in (logits, logits.T)) / 2
+  loss.backward()
+  value, grad = jax.value_and_grad(total)(several, 0.1)
+  np.testing.assert_allclose(value, loss.item(), rtol=TOLERANCE)
+  largest = float(image.grad.abs().max())
+  np.testing.assert_allclose(grad, image.grad.numpy(), atol=TOLERANCE * largest)
+  assert abs(float(total(several, 0.0)) / loss.item() - 1) > 100 * TOLERANCE

@@ -92,6 +92,29 @@ def test_the_sizes_tell_rules_apart(llava_next):
   assert kept > len(SIZES) // 2 and tight > len(SIZES) // 10
 
 
+def test_llava_and_paligemma_at_every_size():
+  """Fixed counts are fixed there too; transformers computes them from pixels and patches."""
+  from transformers import (
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
+    SiglipVisionConfig,
+  )
+  count = lambda processor: processor._get_num_multimodal_tokens(SIZES)["num_image_tokens"]
+  for name, side in (("LLaVA", 224), ("LLaVA-1.5", 336)):
+    images = CLIPImageProcessorPil(crop_size=side)
+    processor = bare(
+      LlavaProcessor, image_processor=images, patch_size=14, num_additional_image_tokens=1,
+      vision_feature_select_strategy="default",
+      _merge_kwargs=lambda images=images: {"images_kwargs": {"crop_size": images.crop_size}})
+    assert [slots(name, *size) for size in SIZES] == count(processor)
+  for side in (224, 448, 896):
+    config = PaliGemmaConfig(vision_config=SiglipVisionConfig(image_size=side, patch_size=14))
+    processor = bare(PaliGemmaProcessor, image_seq_length=config.text_config.num_image_tokens)
+    assert [slots(f"PaliGemma {side}", *size) for size in SIZES] == count(processor)
+
+
 def test_fuyu():
   from transformers import FuyuImageProcessor, FuyuProcessor
   processor = bare(FuyuProcessor, image_processor=FuyuImageProcessor())

@@ -49,7 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
-      width=512,  # clip, coca: width of the space that pictures and texts share
+      width=512,  # clip, coca, blip2_qformer: width of the space that pictures and texts share
+      start=3,  # blip2_qformer: the token that opens a text which is said (published: 30522)
       new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
       say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
       next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
@@ -57,25 +58,10 @@ def get_config(arg: str = "") -> ConfigDict:
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
       compat="",  # coca: "open_clip" has the mask of the class token that was released there
-      init="",  # a whole model to start from: a run directory or a Hugging Face checkpoint
+      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
     )
   )
-  config.bridge = ConfigDict(
-    dict(
-      # flamingo: gated layers between those of the language model.
-      every=1,  # n, one before layer i where i % n == first
-      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
-      heads=0,  # 0: the language model's, as below
-      head_dim=0,
-      mlp=0,  # width of the hidden layer, 0: four times the language model's width
-      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
-      norm_eps=1e-5,
-      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
-      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
-      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
-      gate="scalar",  # "scalar", or "vector": a gate for every channel
-    )
-  )
+  config.bridge = _bridge()
   config.tower = ConfigDict(
     dict(
       name="vit",  # module in vlm_jax/towers
@@ -108,27 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",  # weights to start from: safetensors, .npz, .gguf, .pth or a run directory
     )
   )
-  config.connector = ConfigDict(
-    dict(
-      name="mlp",  # module in vlm_jax/connectors
-      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
-      hidden=0,  # width of the hidden layer, 0: the language model's width; perceiver: 4 `width`
-      activation="gelu",
-      bias=True,
-      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
-      factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=64,  # perceiver, attention_pool (with heads, norm_eps): K, slots of an image
-      depth=6,
-      heads=8,
-      kv_heads=0,  # key/value groups, 0: as many as heads
-      head_dim=64,
-      norm="layer",  # "layer" or "rms" (Idefics2)
-      norm_eps=1e-5,
-      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
-      qk_norm="",  # "layer": of queries and keys
-      init="",
-    )
-  )
+  config.connector = _connector()
   config.llm = _llm()
   config.attention = ConfigDict(
     dict(
@@ -217,6 +183,58 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
   config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
   return config
+
+
+def _connector() -> ConfigDict:
+  """The connector. A field that names modules is read by those only."""
+  return ConfigDict(
+    dict(
+      name="mlp",  # module in vlm_jax/connectors
+      width=0,  # of what it returns, where it may differ (flamingo); 0: the language model's
+      # Of the hidden layer, 0: the language model's; perceiver: 4 `width`; qformer: 4 `slot_width`.
+      hidden=0,
+      activation="gelu",
+      bias=True,
+      initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
+      factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
+      latents=64,  # perceiver, qformer: K, slots of an image; with the fields below, and
+      # attention_pool, with heads and norm_eps
+      depth=6,
+      heads=8,
+      norm_eps=1e-5,
+      kv_heads=0,  # perceiver: key/value groups, 0: as many as heads; with the fields below
+      head_dim=64,
+      norm="layer",  # "layer" or "rms" (Idefics2)
+      feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
+      qk_norm="",  # "layer": of queries and keys
+      slot_width=128,  # qformer: D of its slots; with the fields below
+      cross_every=2,  # layers 0, n, 2n, ... see the picture
+      vocab_size=0,  # words that are read beside the queries, 0: none
+      positions=512,  # of words
+      remat="none",
+      unroll=1,
+      init="",
+    )
+  )
+
+
+def _bridge() -> ConfigDict:
+  """The gated layers of flamingo between those of the language model."""
+  return ConfigDict(
+    dict(
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
+    )
+  )
 
 
 def _llm() -> ConfigDict:

@@ -108,13 +108,15 @@ def parse(arg: str) -> dict[str, str]:
 def of_published(path: Path, config: ConfigDict) -> ConfigDict:
   """The model of a checkpoint of Hugging Face, with rows of its size.
 
-  Its tokenizer is kept in the data root: it outlives the checkpoint.
+  Its tokenizer is kept in the data root, by what it is and not by where it was: it outlives the
+  checkpoint, and a run goes on when that has moved.
   """
   config = systems.read_config(path, config)
   module = find_fusion(config)
   if not module.STREAM:
     return config
-  texts = {name: Path(name).read_bytes().hex() for name in published.paths(path)}
+  texts = {name.name: name.read_bytes().hex()
+           for name in (path / "config.json", *map(Path, published.paths(path)))}
   folder = digest.of_json([texts, config.llm.vocab_size, config.data.template])
   systems.adopt_tokenizer(path, config, Path(config.data.root) / "tokenizers" / folder)
   config.precision.compute = "bfloat16"

@@ -4,6 +4,7 @@
 shapes of OpenFlamingo-9B; images and language model stay as they are. Each step sums the losses of
 web pages (Multimodal C4) and of captions, the latter counting a fifth, as Flamingo sums over its
 data sets (arXiv:2204.14198, section 3.2); text before the first image of a page is not learned.
+Theirs ends every chunk of a page with a mark of its own, which ours does not write.
 AdamW at a constant rate, whose decay is of the gated layers alone. The data are your own files, put
 into the folder you start from. Arguments, joined by commas:
 
@@ -40,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.tower.norm_eps = 1e-5
   config.tower.mean, config.tower.std = clip.mean, clip.std
   config.tower.remat = "full"
-  config.connector.update(name="perceiver", width=config.tower.width, activation="gelu")
+  config.connector.update(name="perceiver", width=config.tower.width, latents=64, depth=6, heads=8,
+                          head_dim=64, activation="gelu")
   config.bridge.update(every=4, first=3, heads=8, head_dim=64, activation="gelu")
   config.llm.update(name="llama", **llama.size(f"1-{member}"))
   config.llm.remat = "full"

@@ -3,7 +3,8 @@
 Their kernels are [in, out] with heads apart, as ours, so nearly everything is a copy. The names are
 those that the converters of transformers read (convert_siglip_to_hf.py,
 convert_paligemma_weights_to_hf.py): "img" is a ViT, in a PaliGemma with the projection as its head;
-"txt" SigLIP's text tower; "llm" Gemma 1, in which one head of keys and values is shared.
+"txt" SigLIP's text tower, in a SigLIP with the projection as its head; "t" and "b" the logarithm of
+the logits' scale, and their bias; "llm" Gemma 1 or 2.
 """
 
 import re
@@ -59,12 +60,23 @@ GEMMA: Keys = (
   ("layers/attention/key/kernel", f"{_ATTENTION}/kv_einsum/w[0/2]", "heads_lead"),
   ("layers/attention/value/kernel", f"{_ATTENTION}/kv_einsum/w[1/2]", "heads_lead"),
   ("layers/attention/out/kernel", f"{_ATTENTION}/attn_vec_einsum/w", "copy"),
-  ("layers/mlp_norm/scale", f"{_LLM}/pre_ffw_norm/scale", "copy"),
+  ("layers/attention_post_norm/scale", f"{_LLM}/post_attention_norm/scale", "copy"),
+  ("layers/mlp_norm/scale", f"{_LLM}/pre_ffw_norm/scale", "copy"),  # of Gemma 1, below of Gemma 2
+  ("layers/mlp_pre_norm/scale", f"{_LLM}/pre_ffw_norm/scale", "copy"),
+  ("layers/mlp_post_norm/scale", f"{_LLM}/post_ffw_norm/scale", "copy"),
   ("layers/mlp/gate/kernel", f"{_LLM}/mlp/gating_einsum[0/2]", "lead"),
   ("layers/mlp/up/kernel", f"{_LLM}/mlp/gating_einsum[1/2]", "lead"),
   ("layers/mlp/down/kernel", f"{_LLM}/mlp/linear", "copy"),
   ("norm/scale", "final_norm/scale", "copy"),
 )
+SIGLIP: Keys = (
+  ("text_projection/kernel", "txt/head/kernel", "copy"),
+  ("text_projection/bias", "txt/head/bias", "copy"),
+  ("logit_scale", "t", "flat"),
+  ("logit_bias", "b", "flat"),
+)
+# What is no module's, by the strategy's name.
+SYSTEMS = {"siglip": SIGLIP}
 # By the module's name.
 TABLES = {"vit": VIT, "text_tower": TEXT, "linear": LINEAR, "gemma": GEMMA}
 # vision_transformer numbers the parts of a block by their order, big_vision each kind apart.

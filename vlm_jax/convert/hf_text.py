@@ -8,7 +8,6 @@ template, and the processor repeats `<image>` once for every slot of a picture.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import tokenizers
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import processor, safetensors_io
 from vlm_jax.core.errors import DataError, UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.writing import copy
 from vlm_jax.data import published
 from vlm_jax.data import tokenizer as our
 from vlm_jax.data.tokenizer import Tokenizer
@@ -70,11 +70,11 @@ def keep(directory: Path, folder: Path) -> None:
   """Copies the tokenizer files of a checkpoint into a folder; config.json says what they do not.
 
   Raises:
-    DataError: a file is damaged.
+    DataError: a file is damaged or cannot be read.
     DiskError: they cannot be written.
   """
   for path in published.paths(directory):
-    shutil.copy(path, folder)
+    copy(path, folder)
   theirs = safetensors_io.read_json(directory / "config.json")
   kind, found = theirs.get("model_type", ""), published.read(directory)
   more = {}
@@ -115,7 +115,7 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
   speaks = bool(find_fusion(config).STREAM)
   if os.path.isdir(config.data.tokenizer):
     for path in published.paths(config.data.tokenizer):
-      shutil.copy(path, directory)
+      copy(path, directory)
     _drop_images(directory / processor.WHOLE)
   else:
     _write_ours(directory, config, tokenizer, speaks)

@@ -1,9 +1,9 @@
 """preprocessor_config.json of Hugging Face: how an image becomes the pixels that a tower sees.
 
-Seven image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
+Eight image processors are read, under the names of transformers 4 and 5 (CLIPImageProcessor,
 CLIPImageProcessorFast, CLIPFeatureExtractor); they are ways of `config.data.decode.fit`:
 
-  stretch      SigLIP, SigLIP 2 at one resolution, PaliGemma, IDEFICS; any that resizes to a square
+  stretch      SigLIP, SigLIP 2 at one resolution, PaliGemma, IDEFICS, BLIP; any that resizes so
   center_crop  CLIP, DINOv2 (Bit): the shorter side, then a cut
   pad          LLaVA-1.5: a square with the mean colour around, then resized
   stretch      LLaVA-NeXT, and tiles besides (`config.data.decode.grids`)
@@ -37,6 +37,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # What a file that leaves something out means.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
   "CLIP": CLIP, "Bit": CLIP, "Llava": CLIP, "Siglip": SIGLIP,
+  "Blip": {**CLIP, "size": {"height": 384, "width": 384}, "do_center_crop": False},
   "Idefics": {**SIGLIP, "image_mean": CLIP["image_mean"], "image_std": CLIP["image_std"]},
   "LlavaNext": {**CLIP, "image_grid_pinpoints": PINPOINTS},
   "Siglip2": {**SIGLIP, "resample": 2, "patch_size": 16, "max_num_patches": 256}}

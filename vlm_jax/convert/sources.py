@@ -69,8 +69,45 @@ def open_source(path: str | os.PathLike) -> Iterator[table.Source]:
     yield gguf_llama.Source(reader) if isinstance(reader, gguf.Reader) else reader
 
 
+def load_npz(path: str | os.PathLike, config: ConfigDict, shapes: Mapping[str, table.Shape],
+             dtype: np.dtype) -> dict[str, np.ndarray]:
+  """All parameters of a system that big_vision wrote: its modules', and what is no module's.
+
+  Args:
+    path: of an .npz, `config.fusion.init`.
+    config: the whole config.
+    shapes: path to shape, of every parameter.
+    dtype: of the parameters.
+
+  Returns:
+    Path to array.
+
+  Raises:
+    UsageError, DataError: as `load_node`.
+  """
+  found: dict[str, np.ndarray] = {}
+  for node in FLOORS:
+    mine = {key.partition("/")[2]: shape for key, shape in shapes.items()
+            if key.startswith(f"{node}/")}
+    if mine:
+      arrays = load_node(path, node, config, mine, dtype, "fusion")
+      found |= {f"{node}/{key}": array for key, array in arrays.items()}
+  name, rest = config.fusion.name, {key: shape for key, shape in shapes.items() if key not in found}
+  keys = big_vision.SYSTEMS.get(name, ())
+  if set(rest) - {path for path, _, _ in keys}:
+    raise UsageError(f"config.fusion.init={path}: no .npz of a '{name}' is known; name the weights "
+                     "of its modules (config.tower.init, config.llm.init)")
+  try:
+    with open_source(path) as source:
+      view = View(source, {key: key for _, key, _ in keys if key in source.shapes})
+      return found | flatten(table.load(view, table.entries((("", "", keys),), rest), dtype=dtype))
+  except DataError as error:
+    raise DataError(f"config.fusion.init={path}: {error}") from error
+
+
 def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
-              shapes: Mapping[str, table.Shape], dtype: np.dtype) -> dict[str, np.ndarray]:
+              shapes: Mapping[str, table.Shape], dtype: np.dtype, field: str = ""
+              ) -> dict[str, np.ndarray]:
   """The parameters of one module from weights that hold it.
 
   Args:
@@ -79,6 +116,7 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
     config: the whole config.
     shapes: path below the node to shape, of every parameter.
     dtype: of the parameters.
+    field: the node whose `init` names the path, "": this one's.
 
   Returns:
     Path below the node to array.
@@ -97,8 +135,8 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
       elif open_clip.is_written_in(source.shapes):
         keys = open_clip.TABLES.get(name, ())
       if set(shapes) - {path for path, _, _ in keys}:
-        raise UsageError(f"config.{node}.init: '{name}' with these fields has no table of keys, so "
-                         "no weights of another program are known for it")
+        raise UsageError(f"config.{field or node}.init: '{name}' with these fields has no table of "
+                         "keys, so no weights of another program are known for it")
       view = find(source, keys, shapes)
       if node == "llm":
         _check_vocabulary(view, keys, config)
@@ -107,7 +145,7 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
       return flatten(table.load(view, entries, unread=lambda key: left(key) or key in more,
                                 dtype=dtype))
   except DataError as error:
-    raise DataError(f"config.{node}.init={path}: {error}") from error
+    raise DataError(f"config.{field or node}.init={path}: {error}") from error
 
 
 def find(source: table.Source, keys: table.Keys, shapes: Mapping[str, table.Shape]) -> View:
@@ -155,7 +193,8 @@ def unread(keys: table.Keys, shapes: Mapping[str, table.Shape]) -> Callable[[str
   """
   if keys is big_vision.LINEAR:  # the head of a tower, whose layers lie beside it
     return lambda key: True
-  numbered = lambda key: re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\{next\}", r"\d+")
+  number = "\0"  # what no key has
+  numbered = lambda key: re.escape(table.LAYER.sub(number, key)).replace(number, r"\d+")
   known = [re.compile(numbered(key)) for path, key, _ in keys if path not in shapes]
   known.append(big_vision.UNREAD)
   beside = open_clip.unread(keys)

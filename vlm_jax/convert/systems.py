@@ -8,6 +8,9 @@ here. It has
   HEAD                                  the key of the language model's head, None: it has none
   UNREAD                                keys of vectors [config.tower.width] that no model reads,
                                         and what they are filled with
+  UNSAID                                optional: patterns of our parameters that no file has, and
+                                        what they are then; None: they are not in what is read
+  LLM                                   where the language model's tensors are, if it has any
   parts(config)                         where each module's tensors are (`table.Part`)
   read_config(theirs, config)           a copy of `config` with the model of their config.json
   write_config(config, image_token)     their config.json
@@ -20,6 +23,7 @@ here. It has
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +35,7 @@ from flax.core import meta
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import (
+  blip2,
   coca,
   hf_text,
   idefics,
@@ -44,8 +49,8 @@ from vlm_jax.convert import (
   two_towers,
 )
 from vlm_jax.core import batch as batches
-from vlm_jax.core import fusion, precision
-from vlm_jax.core.errors import DataError, UsageError, nearest
+from vlm_jax.core import fusion, pieces, precision
+from vlm_jax.core.errors import DataError, DiskError, UsageError, nearest
 from vlm_jax.core.pieces import Pieces
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
@@ -53,7 +58,7 @@ from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.data import pipeline
 
 CONFIG = "config.json"
-CONVERTERS = (coca, idefics, llava, paligemma, two_towers)
+CONVERTERS = (blip2, coca, idefics, llava, paligemma, two_towers)
 
 
 def is_published(directory: str | os.PathLike) -> bool:
@@ -140,7 +145,15 @@ def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
 
 def entries(config: ConfigDict) -> list[table.Entry]:
   """Every tensor of the checkpoint of `config`'s model."""
-  return table.entries(converter(config).parts(config), shapes(config))
+  module, whole = converter(config), shapes(config)
+  said = {path: shape for path, shape in whole.items() if not _unsaid(module, path)}
+  return table.entries(module.parts(config), said)
+
+
+def _unsaid(module: ModuleType, path: str) -> str | None:
+  """The pattern of a parameter that no file of theirs has, None: they have it."""
+  return next((pattern for pattern in getattr(module, "UNSAID", {})
+               if re.fullmatch(pattern, path)), None)
 
 
 def read_config(directory: str | os.PathLike, config: ConfigDict) -> ConfigDict:
@@ -228,8 +241,16 @@ def open_pieces(directory: str | os.PathLike, config: ConfigDict,
 def _read(source: table.Source, config: ConfigDict, dtype: np.dtype | None, how: Any) -> Any:
   module = converter(config)
   tied = module.HEAD if config.llm.tie_embeddings else None
-  return nodes.load(source, entries(config), tied, table.renamer(module.SPELLINGS),
-                    tuple(module.UNREAD), dtype, how)
+  copies = getattr(fusion.find_llm(config), "UNREAD", ())
+  unread = (*module.UNREAD, *(module.LLM + key for key in copies))
+  found = nodes.load(source, entries(config), tied, table.renamer(module.SPELLINGS), unread, dtype,
+                     how)
+  for path, shape in shapes(config).items():
+    if (pattern := _unsaid(module, path)) and (value := module.UNSAID[pattern]) is not None:
+      kind = next(iter(flatten(found).values())).dtype
+      array = np.full(shape, value, kind)
+      found[path] = array if how is table.load else pieces.of(array)
+  return found
 
 
 def write(
@@ -255,7 +276,7 @@ def write(
     DiskError: it cannot be written.
   """
   module = converter(config)
-  kind = np.dtype(dtype or params["llm"]["embed"]["embedding"].dtype)
+  kind = np.dtype(dtype or next(iter(flatten(params).values())).dtype)
   theirs = module.write_config(config, image_token)
   tensors = table.export(params, entries(config), dtype)
   for name, value in module.UNREAD.items():
@@ -312,8 +333,12 @@ def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: st
   if kept:
     config.data.template = kept
     if not path.exists():
-      with new_directory(path) as made:
-        hf_text.keep(directory, made)
+      try:
+        with new_directory(path, "config.data.tokenizer") as made:
+          hf_text.keep(directory, made)
+      except (DiskError, UsageError):
+        if not path.exists():  # else a process beside this one has written the same
+          raise
     pipeline.load_tokenizer(config)
   else:
     tokenizer, new = hf_text.read(directory, fusion.vocabulary(config), config.data.template)

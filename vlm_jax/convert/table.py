@@ -4,9 +4,10 @@ Every tower, connector and language model has a tuple `KEYS` of rows (ours, thei
 
   ours    path of the parameter below the module, "layers/attention/query/kernel"
   theirs  key below their module, "layers.{layer}.self_attn.q_proj.weight"; with {layer}, ours is
-          stacked on a leading axis and one row stands for the keys of all layers ({next}: layers
-          from 1 on, where their layer 0 is not like the others); "in_proj_weight[1/3]" is the
-          second of three equal parts, along their first axis, of one tensor of theirs
+          stacked on a leading axis and one row stands for the keys of all layers; where theirs are
+          not all alike, {layer+1} are those from 1 on and {2*layer+1} every second;
+          "in_proj_weight[1/3]" is the second of three equal parts, along their first axis, of one
+          tensor of theirs
   op      name in `OPS`: how the arrays of one layer differ
 
 A row whose parameter the config does not make (a class token, a bias) is passed over. Because
@@ -30,6 +31,7 @@ from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Params
 
 LISTED = 8  # keys named in an error message
+LAYER = re.compile(r"\{(?:(\d+)\*)?layer(?:\+(\d+))?\}")
 Shape = tuple[int, ...]
 Keys = tuple[tuple[str, str, str], ...]
 Part = tuple[str, str, Keys]  # our prefix "llm/", their prefix "language_model.", a module's KEYS
@@ -138,15 +140,19 @@ def entries(parts: Iterable[Part], shapes: Mapping[str, Shape]) -> list[Entry]:
         raise ValueError(f"two rows of KEYS describe {path}")
       seen.add(path)
       shape = tuple(shapes[path])
-      if "{layer}" not in key and "{next}" not in key:
+      if not LAYER.search(key):
         found.append(Entry(path, None, key, OPS[op], shape))
         continue
       for layer in range(shape[0]):
-        name = key.format(layer=layer, next=layer + 1)
-        found.append(Entry(path, layer, name, OPS[op], shape[1:]))
+        found.append(Entry(path, layer, _key_of(key, layer), OPS[op], shape[1:]))
   if left := sorted(set(shapes) - seen):
     raise ValueError(f"no row of KEYS describes {name_keys(left)}")
   return found
+
+
+def _key_of(key: str, layer: int) -> str:
+  """The key of our layer of that number."""
+  return LAYER.sub(lambda found: str(int(found[1] or 1) * layer + int(found[2] or 0)), key)
 
 
 def load(

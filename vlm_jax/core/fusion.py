@@ -53,7 +53,8 @@ class Embeddings:
   """What pictures and texts are compared by; all that a fusion returns which only compares them.
 
   Attributes:
-    image: f32[B,M,E] of unit length, one per picture; None without pictures in the batch.
+    image: f32[B,M,E] of unit length, one per picture, or f32[B,M,K,E], the nearest of K counting
+      for a text; None without pictures in the batch.
     text: f32[B,M,E] of unit length, one per document; None without texts in the batch.
     scale, bias: f32[], the logit of a pair is scale * image . text + bias; bias None: 0.
   """
@@ -122,9 +123,10 @@ class Fusion(Protocol):
   are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
   can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
   objectives that compare documents of the whole batch: they have no meaning for a part of it, so
-  they accumulate over cached embeddings (`train/accumulate.py`). A strategy whose Model returns
-  `Embeddings` says nothing: its STREAM is "". One that speaks and embeds says EMBEDS = True and
-  returns an `Output` with embeddings; its `losses`, given these alone, are those of GLOBAL.
+  they accumulate over cached embeddings (`train/accumulate.py`). UNDIVIDED names those that compare
+  inside the model and cannot. A strategy whose Model returns `Embeddings` says nothing: its STREAM
+  is "". One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
+  `losses` of plain `Embeddings` are those of GLOBAL.
   """
 
   Model: type

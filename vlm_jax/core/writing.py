@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlm_jax.core.errors import DiskError, UsageError
+from vlm_jax.core.errors import DataError, DiskError, UsageError
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -39,12 +39,35 @@ def write_atomically(path: str | Path, text: str) -> None:
                     "choose another place") from error
 
 
+def copy(path: str | Path, folder: str | Path) -> None:
+  """Copies a file into a folder that is there.
+
+  Raises:
+    DataError: it cannot be read.
+    DiskError: it cannot be written; nothing is left behind.
+  """
+  target = Path(folder) / Path(path).name
+  try:
+    content = Path(path).read_bytes()
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror}); mend its permissions or get it "
+                    "again") from error
+  try:
+    target.write_bytes(content)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      target.unlink(missing_ok=True)
+    raise DiskError(f"{target} cannot be written ({error.strerror}); free space, mend its "
+                    "permissions or choose another place") from error
+
+
 @contextlib.contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
+def new_directory(path: str | Path, field: str = "--out") -> Iterator[Path]:
   """A directory that appears under its name only when all of it is written.
 
   Args:
     path: must be missing or empty.
+    field: the flag or field that names it.
 
   Yields:
     The directory to write into, beside it.
@@ -56,7 +79,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
   """
   path = Path(path).absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise UsageError(f"--out {path} holds something already; name a new directory")
+    raise UsageError(f"{field} {path} holds something already; name a new directory")
   partial = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +87,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     yield partial
     os.replace(partial, path)
   except OSError as error:
-    raise DiskError(f"--out {path} cannot be written ({error.strerror or error}); free space, mend "
-                    "its permissions or choose another place") from error
+    raise DiskError(f"{field} {path} cannot be written ({error.strerror or error}); free space, "
+                    "mend its permissions or choose another place") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)

@@ -32,7 +32,8 @@ The attention of a row that sees no image is 0, but once its gate is open the fe
 changes that row too: with images or without, a trained bridge is not the bare language model.
 
 Of web pages (form "document") a share `next_image` reads the image that comes next instead
-(appendix A.3.2). `config.bridge` says where the gated layers stand and what they are made of.
+(appendix A.3.2); what stands behind the last image then sees none. `config.bridge` says where the
+gated layers stand and what they are made of.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ from vlm_jax.core.batch import Batch
 from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Cache, Output, Stage, find_llm
-from vlm_jax.core.layout import LEARNED, Field, Layout, mask_fields, write_slots
+from vlm_jax.core.layout import LEARNED, Field, Layout, Slots, mask_fields, write_slots
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import constrain
 from vlm_jax.core.precision import Precision, precision
@@ -108,8 +109,8 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     rng: draws whether the text of a page reads the next image.
 
   Raises:
-    UsageError: an unknown image_attention, no token for images, a share that is none, or as
-      `concat.layout`.
+    UsageError: an unknown image_attention, no token for images, a share that is none, a new token
+      that is to be said and cannot be, or as `concat.layout`.
   """
   check(config)
   slots = write_slots(encoded, rows(config), lambda image: order(config, image))
@@ -120,6 +121,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   if not config.fusion.predict_unseen and slots.image.any():
     weight = weight * (np.append(index[1:], 0) > 0).astype(np.float32)
   slots = dataclasses.replace(slots, weight=weight)
+  _refuse_unsaid(encoded, slots, config)
   made = concat.assemble(encoded, slots, masks.causal(len(slots)), config)
   size, picture = len(rows(config)), vocabulary(config) - 1
   first = index - 1 if config.fusion.image_attention == "last" else np.zeros_like(index)
@@ -127,6 +129,15 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   tokens = np.where(slots.image > 0, picture, slots.tokens).astype(np.int32)
   more = {f"streams/{STREAM}/tokens": tokens, "masks/media/lo": lo, "masks/media/hi": hi}
   return dataclasses.replace(made, arrays=made.arrays | more)
+
+
+def _refuse_unsaid(encoded: Encoded, slots: Slots, config: ConfigDict) -> None:
+  """Raises UsageError for a predicted token that the vocabulary's matrix has no column for."""
+  said = vocabulary(config) if config.fusion.say_new else config.llm.vocab_size
+  wrong = slots.targets[(slots.weight > 0) & (slots.targets >= said)]
+  if len(wrong):
+    raise UsageError(f"document {encoded.key} is to say token {wrong[0]}, one of the new tokens; "
+                     "set config.fusion.say_new=True")
 
 
 def check(config: ConfigDict) -> None:

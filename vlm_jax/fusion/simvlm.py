@@ -82,10 +82,14 @@ START = 0  # the decoder's first token: padding, which no text contains
 
 def axes(config: ConfigDict) -> dict[str, int]:
   """Capacities: slots of both sides, images, rows of the media table, documents."""
-  data = config.data
-  decoder = decoder_capacity(config)
+  return capacities(config, len(rows(config)))
+
+
+def capacities(config: ConfigDict, places: int) -> dict[str, int]:
+  """Those of `axes`, with so many rows of the media table an image."""
+  data, decoder = config.data, decoder_capacity(config)
   return {ENCODER: data.tokens, STREAM: decoder, "images": data.images,
-          "table": data.images * len(rows(config)), "documents": decoder}
+          "table": data.images * places, "documents": decoder}
 
 
 def decoder_capacity(config: ConfigDict) -> int:
@@ -125,7 +129,23 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   places = rows(config)
   slots = write_slots(encoded, places, lambda image: order(config, image))
   suffix = np.arange(len(slots)) >= cuts(slots, rng)
-  read, written = encoder_slots(slots, suffix), decoder_slots(slots, suffix)
+  return assemble(encoded, encoder_slots(slots, suffix), decoder_slots(slots, suffix), config,
+                  len(places))
+
+
+def assemble(encoded: Encoded, read: "Side", written: "Side", config: ConfigDict, places: int
+             ) -> Layout:
+  """The Layout of a document whose sides are known.
+
+  Args:
+    encoded: the document.
+    read, written: the slots of the encoder and of the decoder.
+    config: the whole config.
+    places: rows of the media table an image.
+
+  Raises:
+    UsageError: as `layout`.
+  """
   _check(encoded, read, written, config)
   source = concat.source_id(encoded, config)
   arrays = concat.image_arrays(encoded, config)
@@ -148,7 +168,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
       arrays |= {f"masks/{name}/q_class": queries.branch, f"masks/{name}/k_class": keys.branch}
   images = len(encoded.images)
   sizes = {ENCODER: len(read), STREAM: len(written), "images": images,
-           "table": images * len(places), "documents": 1}
+           "table": images * places, "documents": 1}
   return Layout(arrays, sizes, encoded.source, encoded.key)
 
 

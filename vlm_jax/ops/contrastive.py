@@ -28,7 +28,9 @@ class Pairs(NamedTuple):
   """N pairs.
 
   Attributes:
-    image, text: f32[N,E] of unit length.
+    image: f32[N,E] of unit length; or f32[N,K,E], of which the one nearest to a text counts
+      (BLIP-2, arXiv:2301.12597, section 3.2).
+    text: f32[N,E] of unit length.
     there: bool[N], pairs that exist.
     digests: i32[N,2], equal where texts are.
   """
@@ -60,18 +62,37 @@ class _Ring(NamedTuple):
     return jax.lax.scan(step, carry, length=self.ways - 1)[0]
 
 
-def softmax_losses(pairs: Pairs, scale: Array) -> Array:
+class _Choice(NamedTuple):
+  """What a cross-entropy needs of n choices: of the logits log-sum-exp, sum and number."""
+
+  norm: Array
+  total: Array
+  count: Array
+
+  def also(self, more: "_Choice") -> "_Choice":
+    """Of these candidates and others."""
+    return _Choice(jnp.logaddexp(self.norm, more.norm), self.total + more.total,
+                   self.count + more.count)
+
+  def loss(self, own: Array, smoothing: float) -> Array:
+    """f32[n], the cross-entropy with 1 - s on the own candidate and s spread over all."""
+    mean = self.total / jnp.maximum(self.count, 1)
+    return self.norm - (1 - smoothing) * own - smoothing * mean
+
+
+def softmax_losses(pairs: Pairs, scale: Array, smoothing: float = 0.0) -> Array:
   """Every picture chooses its text among all and every text its picture (arXiv:2103.00020, 2.3).
 
   Args:
     pairs: over the rows of the whole mesh of `jax.set_mesh`, if there is one.
     scale: f32[], multiplies the cosines.
+    smoothing: s of label smoothing, spread over all that a picture or a text may choose.
 
   Returns:
     f32[N], half the sum of both cross-entropies of a pair, exactly 0 where it is absent. Their sum
     over the number of pairs is the published loss.
   """
-  return _on_mesh(_softmax, pairs, scale)
+  return _on_mesh(functools.partial(_softmax, smoothing=smoothing), pairs, scale)
 
 
 def sigmoid_losses(pairs: Pairs, scale: Array, bias: Array) -> Array:
@@ -111,28 +132,33 @@ def _on_mesh(local: Callable, pairs: Pairs, *scalars: Array) -> Array:
   )(pairs, *scalars)
 
 
-def _softmax(ring: _Ring, pairs: Pairs, scale: Array) -> Array:
+def _softmax(ring: _Ring, pairs: Pairs, scale: Array, *, smoothing: float) -> Array:
   seen = _compared(pairs, pairs) & ~_namesakes(pairs, pairs) | _diagonal(pairs)
-  cosines = _cosines(pairs, pairs)
-  logits = jnp.where(seen, scale * cosines, NONE)
-  norms = lambda logits, axis: jax.nn.logsumexp(logits, axis=axis)
+  similar = cosines(pairs.image, pairs.text)
+
+  def choices(similar, seen):
+    logits = scale * similar
+    shown, kept = jnp.where(seen, logits, NONE), jnp.where(seen, logits, 0)
+    return [_Choice(jax.nn.logsumexp(shown, axis=axis), kept.sum(axis), seen.sum(axis))
+            for axis in (1, 0)]
 
   def meet(carry):
     images, visitors, texts = carry
     visitors, texts = ring.pass_on((visitors, texts))
     seen = _compared(pairs, visitors) & ~_namesakes(pairs, visitors)
-    logits = jnp.where(seen, scale * _cosines(pairs, visitors), NONE)
-    return (jnp.logaddexp(images, norms(logits, 1)), visitors,
-            jnp.logaddexp(texts, norms(logits, 0)))
+    rows, columns = choices(cosines(pairs.image, visitors.text), seen)
+    return images.also(rows), visitors, texts.also(columns)
 
-  images, _, texts = ring.loop(meet, (norms(logits, 1), _texts(pairs), norms(logits, 0)))
+  images, texts = choices(similar, seen)
+  images, _, texts = ring.loop(meet, (images, _texts(pairs), texts))
   texts = ring.pass_on(texts)  # home again, after a whole round
-  own = scale * jnp.diagonal(cosines)
-  return jnp.where(pairs.there, (images + texts) / 2 - own, 0)
+  own = scale * jnp.diagonal(similar)
+  both = images.loss(own, smoothing) + texts.loss(own, smoothing)
+  return jnp.where(pairs.there, both / 2, 0)
 
 
 def _sigmoid(ring: _Ring, pairs: Pairs, scale: Array, bias: Array) -> Array:
-  logits = scale * _cosines(pairs, pairs) + bias
+  logits = scale * cosines(pairs.image, pairs.text) + bias
   own = _diagonal(pairs)
   seen = _compared(pairs, pairs) & ~_namesakes(pairs, pairs) | own
   # -log sigmoid(x) = softplus(-x)
@@ -142,7 +168,7 @@ def _sigmoid(ring: _Ring, pairs: Pairs, scale: Array, bias: Array) -> Array:
     sums, visitors = carry
     visitors = ring.pass_on(visitors)
     seen = _compared(pairs, visitors) & ~_namesakes(pairs, visitors)
-    logits = scale * _cosines(pairs, visitors) + bias
+    logits = scale * cosines(pairs.image, visitors.text) + bias
     return sums + jnp.where(seen, jax.nn.softplus(logits), 0).sum(1), visitors
 
   return ring.loop(meet, (sums, _texts(pairs)))[0]
@@ -153,9 +179,15 @@ def _texts(pairs: Pairs) -> Pairs:
   return pairs._replace(image=None)
 
 
-def _cosines(pairs: Pairs, others: Pairs) -> Array:
-  """f32[n,n], pictures of the one with texts of the others."""
-  return jnp.matmul(pairs.image, others.text.T, precision=jax.lax.Precision.HIGHEST)
+def cosines(image: Array, text: Array) -> Array:
+  """f32[n,m] of pictures f32[n,E] or f32[n,K,E] (the nearest of K) and texts f32[m,E]."""
+  product = jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
+  return product if image.ndim == 2 else product.max(axis=1)
+
+
+def strangers(pairs: Pairs) -> Array:
+  """bool[N,N], pictures and texts that both exist, are no pair and have no text in common."""
+  return _compared(pairs, pairs) & ~_namesakes(pairs, pairs)
 
 
 def _compared(pairs: Pairs, others: Pairs) -> Array:

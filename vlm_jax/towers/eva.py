@@ -54,7 +54,8 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
   clip = vit.FAMILIES["clip_vision_model"]
   return hf.read(theirs, FIELDS) | PARTS | {
     "activation": hf.activation(theirs, "hidden_act", "gelu"), "pool": "none", "feature_layer": -1,
-    "position_size": 0, "position_resize": "bicubic", "mean": clip.mean, "std": clip.std}
+    "read_class": False, "position_size": 0, "position_resize": "bicubic", "mean": clip.mean,
+    "std": clip.std}
 
 
 def write_hf(config: ConfigDict) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def _stage_keys(number: int) -> tuple:
   shortcut = ((f"{ours}/first/shortcut/kernel", f"{theirs}.0.downsample.0.weight", "conv"),
               *norm_keys(f"{ours}/first/shortcut_norm", f"{theirs}.0.downsample.1"))
   return (_block_keys(f"{ours}/first", f"{theirs}.0") + shortcut
-          + _block_keys(f"{ours}/rest", f"{theirs}.{{next}}"))
+          + _block_keys(f"{ours}/rest", f"{theirs}.{{layer+1}}"))
 
 
 # Ours, theirs (timm and torchvision), operation: see vlm_jax/convert/table.py.

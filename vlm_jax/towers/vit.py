@@ -187,15 +187,12 @@ def patch_grid(config: ConfigDict) -> tuple[int, int]:
 def grid(config: ConfigDict) -> tuple[int, int]:
   """Rows and columns of features: those of the patches; with the class token before them, one row.
 
-  Raises:
-    UsageError: the class token is to be read, and there is none.
+  A class token that is to be read and is not there is a UsageError.
   """
   rows, columns = patch_grid(config)
-  if not config.read_class:
-    return rows, columns
-  if not config.class_token:
+  if config.read_class and not config.class_token:
     raise UsageError("config.tower.read_class needs config.tower.class_token=True")
-  return 1, 1 + rows * columns
+  return (1, 1 + rows * columns) if config.read_class else (rows, columns)
 
 
 def attention_shape(config: ConfigDict) -> tuple[int, int, int, int]:
@@ -291,13 +288,10 @@ class MapPool(nn.Module):
     """f[B,P,D] to f[B,D]; the probe sees what the first query of the mask sees, None: all."""
     config, rows = self.config, x.shape[0]
     head = config.width // config.heads
-    project = lambda name: Linear(
-      (config.heads, head), ("embed", "heads", "head"), True, self.precision, name=name
-    )
-    probe = parameter(
-      self, "probe", initializers.xavier_uniform(), (1, config.width), (None, "norm"),
-      self.precision.param,
-    )
+    project = lambda name: Linear((config.heads, head), ("embed", "heads", "head"), True,
+                                  self.precision, name=name)
+    probe = parameter(self, "probe", initializers.xavier_uniform(), (1, config.width),
+                      (None, "norm"), self.precision.param)
     probe = jnp.broadcast_to(probe, (rows, 1, config.width))
     seen = see_all(1, x.shape[1], rows) if mask is None else IntervalMask(
       mask.lo[:, :1], mask.hi[:, :1])
@@ -371,22 +365,15 @@ def run_blocks(block: type[nn.Module], x: Array, used: int, config: ConfigDict,
     mask, None, (attention.block_q, attention.block_k),
     width=config.width // config.heads, dtype=precision.compute)
   x, _ = stack.run(
-    block,
-    config.depth,
-    remat=config.remat,
-    unroll=config.unroll,
-    used=used,
-    config=config,
-    implementation=attention.implementation,
-    precision=precision,
-    name="layers",
+    block, config.depth, remat=config.remat, unroll=config.unroll, used=used, config=config,
+    implementation=attention.implementation, precision=precision, name="layers",
   )(x, None, context)
   return x
 
 
 def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
-             precision: Precision, mask: IntervalMask | None = None,
-             whole: bool = False) -> Features:
+             precision: Precision, mask: IntervalMask | None = None, whole: bool = False
+             ) -> Features:
   """f[B*N,T,D] of which the first `tokens` are no patches to Features of (B, N) = `outer`.
 
   Of a mask only pooling by "map" knows. `whole`: those tokens stay before the patches.
@@ -397,8 +384,7 @@ def features(x: Array, tokens: int, outer: tuple[int, int], config: ConfigDict,
     pooled = {"none": None, "tok": x[:, 0], "gap": x[:, tokens:].mean(axis=1)}[config.pool]
   if pooled is not None:
     pooled = pooled.reshape(*outer, config.width)
-  x = x if whole else x[:, tokens:]
-  return Features(x.reshape(*outer, -1, config.width), pooled)
+  return Features((x if whole else x[:, tokens:]).reshape(*outer, -1, config.width), pooled)
 
 
 def unread(config: ConfigDict) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Where a new run's parameters come from beside the draw of its seed: `init` of config nodes.
 
-`config.fusion.init` names a whole model, a run or a checkpoint of Hugging Face;
+`config.fusion.init` names a whole model, a run, a checkpoint of Hugging Face or big_vision's .npz;
 `config.tower.init`, `config.connector.init` and `config.llm.init` name weights of single modules in
 any known format (`convert.sources`) or another run, and replace what the whole model has;
 `config.lora.init` names adapters of PEFT. They are read once: a resumed run has its own checkpoint
 and does not need them.
 """
 
+import re
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.convert import adapters, sources, systems
+from vlm_jax.core import fusion
 from vlm_jax.core.adapters import is_adapter
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.tree import flatten, unflatten
@@ -47,7 +49,8 @@ def read(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
             if path.startswith(f"{node}/") and not is_adapter(path)}
     dtype = np.dtype(next(iter(mine.values())).dtype)
     if (Path(config[node].init) / checkpoint_tools.FOLDER).is_dir():
-      arrays = _of_run(config[node].init, node, mine, dtype)
+      module = fusion.find(sources.FLOORS[node], config[node].name, outside=config.outside)
+      arrays = _of_run(config[node].init, node, mine, dtype, getattr(module, "STAGED", ()))
     else:
       shapes = {path: leaf.shape for path, leaf in mine.items()}
       arrays = sources.load_node(config[node].init, node, config, shapes, dtype)
@@ -69,8 +72,12 @@ def place(params: Params, found: dict[str, np.ndarray]) -> Params:
 
 def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
   """All parameters but adapters: those of the newest or the named checkpoint of a run, with its own
-  adapters merged, or those of a checkpoint of Hugging Face."""
+  adapters merged, or those of a checkpoint of Hugging Face or big_vision."""
   init = Path(config.fusion.init)
+  mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+  if init.suffix == ".npz":
+    return sources.load_npz(init, config, {path: leaf.shape for path, leaf in mine.items()},
+                            np.dtype(next(iter(mine.values())).dtype))
   if systems.is_published(init):
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
@@ -83,7 +90,6 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
     if any(map(is_adapter, contents.arrays)):
       params, _ = adapters.merge(params, load_config(folder.parent))
   flat = flatten(params)
-  mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
   _same(f"config.fusion.init={init}", flat, mine)
   return {path: array.astype(mine[path].dtype) for path, array in flat.items()}
 
@@ -99,11 +105,19 @@ def _same(field: str, theirs: dict[str, np.ndarray], leaves: dict[str, Leaf], no
                       "another model")
 
 
-def _of_run(run: str, node: str, leaves: dict[str, Leaf], dtype: np.dtype) -> dict[str, np.ndarray]:
-  """The node's parameters in the newest checkpoint of a run."""
+def _of_run(run: str, node: str, leaves: dict[str, Leaf], dtype: np.dtype,
+            staged: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """The node's parameters in the newest checkpoint of a run.
+
+  Those of the patterns `staged` may be of one stage of a system alone: what only the run has is
+  left out, and what only the new model has stays as it was drawn.
+  """
   contents = checkpoint_tools.sound(*checkpoint_tools.locate(run), ("params",))
   prefix = f"params/{node}/"
   theirs = {path.removeprefix(prefix): array for path, array in contents.arrays.items()
             if path.startswith(prefix) and not is_adapter(path)}
+  own = lambda path: any(re.fullmatch(pattern, path) for pattern in staged)
+  theirs = {path: array for path, array in theirs.items() if path in leaves or not own(path)}
+  leaves = {path: leaf for path, leaf in leaves.items() if path in theirs or not own(path)}
   _same(f"config.{node}.init={run}", theirs, leaves, f"{node}/")
   return {path: array.astype(dtype) for path, array in theirs.items()}

@@ -59,10 +59,16 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   """The jitted (state, flat batch) -> (state, Numbers); the state is donated.
 
   Raises:
-    UsageError: when traced, if the strategy lacks one of `config.fusion.objectives`.
+    UsageError: an objective that cannot be accumulated is to be; when traced, if the strategy lacks
+      one of `config.fusion.objectives`.
   """
   model = module.Model(config)
   parts = config.train.accumulation
+  undivided = sorted(set(config.fusion.objectives) & set(getattr(module, "UNDIVIDED", ())))
+  if parts > 1 and undivided:
+    raise UsageError(f"config.train.accumulation is {parts}, but config.fusion.objectives."
+                     f"{undivided[0]} of '{config.fusion.name}' compares documents of the whole "
+                     "batch inside the model; set it to 1, or leave the objective out")
 
   def run(moved: Params, params: Params, batch: Batch, rng: Array):
     return model.apply({"params": merge(params, moved)}, batch, rng=rng,

@@ -1,5 +1,7 @@
 """Strategies that embed are asked for embeddings: retrieval, zero-shot classes, refusals."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
@@ -12,7 +14,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
-from vlm_jax.evals import embed, run
+from vlm_jax.evals import embed, pairs, run
 from vlm_jax.generate.prompts import layouts
 
 SOURCE = "tests.evals.tiny_source"
@@ -95,11 +97,44 @@ def test_classes_are_the_captions_of_the_split(asked):
   assert results["accuracy@5"] == 1 and results["pictures"] == len(documents)
 
 
+def test_a_choice_is_the_text_nearest_to_the_picture(asked):
+  config, params = asked
+  config = config.copy_and_resolve_references()
+  config.evals.pick = base.evaluation(
+    kind="choice", source="pictures", split="test", form="match", batch=3, controls=())
+  rows = run.measure(run.find_kind("choice"), config, params, config.evals.pick, "test")[1][""]
+  opened = pipeline.documents(config, "pictures", "test", "match")
+  documents = {one.key: one for one in map(opened.__getitem__, range(len(opened)))}
+  assert len({tuple(row["matches"]) for row in rows}) == len(rows) > 1
+  for row in rows:
+    picture, *captions = documents[row["key"]].parts
+    alone = [type(documents[row["key"]])((picture, dataclasses.replace(one, branch=0, loss=True)),
+                                         "pictures", one.text) for one in captions]
+    image, text = by_hand(asked, alone)
+    assert row["matches"] == pytest.approx((image * text).sum(1).tolist(), abs=1e-6)
+    assert row["prediction"] == row["options"][int(np.argmax(row["matches"]))]
+    assert row["score"] == (row["prediction"] == row["answers"][0]) and "tokens" not in row
+  for field, value, sentence in (("controls", ("none",), "chooses a text for a picture"),
+                                 ("options", "letters", "options is 'letters'.*says nothing")):
+    config.evals.pick[field] = value
+    with pytest.raises(UsageError, match=sentence):
+      run.measure(run.find_kind("choice"), config, params, config.evals.pick, "test")
+
+
+def test_a_pair_is_what_the_model_says_of_it_where_it_can(asked, monkeypatch):
+  config, params = asked
+  told = lambda self, batch: np.stack([np.arange(3.0)[:, None], -np.ones((3, 1))], axis=-1)
+  monkeypatch.setattr(find_fusion(config).Model, "matching", told, raising=False)
+  flat = {path: np.zeros((3, 1, *field.shape), field.dtype)
+          for path, field in find_fusion(config).fields(config).items()}
+  assert pairs.scores.__wrapped__(FrozenConfigDict(config), params, flat).tolist() == [-1, -2, -3]
+
+
 def test_who_cannot_be_asked(asked, setup):
   config, params = asked
   config = config.copy_and_resolve_references()
   config.evals.say = base.evaluation(kind="caption", source="pictures", split="test")
-  with pytest.raises(UsageError, match="kind 'caption' asks speakers.*'zero_shot' or 'retrieval'"):
+  with pytest.raises(UsageError, match="kind 'caption' asks speakers.*'retrieval' or 'choice'"):
     run.evaluate(config, params, None, names=["say"])
   config.evals.classes.templates = ("a drawing",)
   with pytest.raises(UsageError, match=r"templates is \('a drawing',\)"):

@@ -53,7 +53,7 @@ def measure(kind: Any, config: ConfigDict, params: Params, entry: ConfigDict, sp
     name = kind.__name__.rpartition(".")[2]
     raise UsageError(f"config.evals: kind '{name}' asks {asks[0]}, but config.fusion.name "
                      f"'{config.fusion.name}' is one of the {asked}; use kind "
-                     + ("'zero_shot' or 'retrieval'" if asked == "embedders"
+                     + ("'zero_shot', 'retrieval' or 'choice'" if asked == "embedders"
                         else "'vqa', 'choice' or 'retrieval'"))
   if hasattr(kind, "run"):
     return kind.run(config, params, entry, split)

@@ -1,10 +1,10 @@
 """Multiple choice, by the likelihood of the options.
 
 A document of choices is a fan-out document: every branch ends with an option as the assistant's
-text, and the right option is the one that carries loss. What every option answers, image and
-question, stands in the trunk, or the question in each branch when the model learned it that way.
-All options are scored in one forward pass; each sees the trunk and itself, and the trunk none of
-them.
+text, or a caption, and the right option is the one that carries loss. What every option answers,
+image and question, stands in the trunk, or the question in each branch when the model learned it
+that way. All options are scored in one forward pass; each sees the trunk and itself, and the trunk
+none of them.
 
     option "text"     the options' own words are scored
     option "letters"  the options are listed in the question and their letters are scored, once for
@@ -12,7 +12,8 @@ them.
                       question only when every rotation is right
 
 An option is scored with the end of its turn, so it is the probability that the model says exactly
-that. A strategy without branches is given every option in a row of its own.
+that. A strategy without branches is given every option in a row of its own. One that only compares
+pictures with texts (CLIP, BLIP-2's first stage) picks the text that belongs to the picture best.
 """
 
 import dataclasses
@@ -26,13 +27,16 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Text
 from vlm_jax.core.errors import UsageError, nearest
+from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
+from vlm_jax.evals import pairs
 from vlm_jax.evals.likelihood import of_branches
 from vlm_jax.evals.questions import branches
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
 
 MAIN, UNIT = "accuracy", "questions"
+ASKS = ("speakers", "embedders")
 OPTIONS = ("text", "letters")
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
@@ -62,7 +66,7 @@ def read(document: Document) -> Choice:
   """
   ends = [parts[-1] for parts in branches(document).values()]
   right = [number for number, end in enumerate(ends) if end.loss]
-  if len(ends) < 2 or len(right) != 1 or any(end.role != "assistant" for end in ends):
+  if len(ends) < 2 or len(right) != 1 or not {end.role for end in ends} <= {"assistant", "text"}:
     raise UsageError(
       f"document {document.key} is no choice: each branch must end with an option, and exactly one "
       "option must carry loss; set the evaluation's form to one that writes choices")
@@ -122,7 +126,8 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     accuracy picks the option of the highest log p, accuracy_per_token that of the highest mean
     log p of a token; chance is what a blind guess gets. The predictions have {"key", "document",
     "question", "options", "answers", "prediction", "log_probs", "tokens", "score"} (of the list as
-    it is written, rotation 0), "score_per_token", and with letters "circular".
+    it is written, rotation 0), "score_per_token", and with letters "circular". Of a strategy that
+    only compares there is nothing per token, and "matches" in place of "log_probs".
 
   Raises:
     UsageError: a field of the entry that cannot be, or documents that are no choices.
@@ -132,6 +137,14 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
   if entry.options not in OPTIONS:
     raise UsageError(f"config.evals: options is '{entry.options}'; "
                      f"{nearest(entry.options, OPTIONS)}")
+  if not find_fusion(config).STREAM:
+    if entry.options == "letters":
+      raise UsageError(f"config.evals: options is 'letters', but config.fusion.name "
+                       f"'{config.fusion.name}' says nothing; set it to 'text'")
+    if "none" in (entry.images, *entry.controls):
+      raise UsageError(f"config.evals: config.fusion.name '{config.fusion.name}' chooses a text "
+                       "for a picture, so images and controls cannot be 'none'; set "
+                       "controls=('shuffled',)")
 
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
     rows, bad = decide(config, params, entry, split, images)
@@ -189,8 +202,9 @@ def summary(rows: list[dict], seed: int) -> dict[str, Any]:
   accuracy, low, high = mean_score(rows, seed)
   mean = lambda values: float(np.mean(list(values)))
   numbers = {"accuracy": accuracy, "low": low, "high": high,
-             "accuracy_per_token": mean(row["score_per_token"] for row in rows),
              "chance": mean(1 / len(row["options"]) for row in rows), "questions": len(rows)}
+  if "score_per_token" in rows[0]:
+    numbers["accuracy_per_token"] = mean(row["score_per_token"] for row in rows)
   if "circular" in rows[0]:
     circular, low, high = mean_score(rows, seed, "circular")
     numbers |= {"circular": circular, "circular_low": low, "circular_high": high}
@@ -214,9 +228,12 @@ def decide(config: ConfigDict, params: Params, entry: ConfigDict, split: str, im
     encoded += [asked]
   if not choices:
     raise opened.nothing("choice")
-  scores = iter(of_branches(config, params, [one for asked in encoded for one in asked],
-                            entry.batch))
-  rows = [_row(choice, [next(scores) for _ in asked], entry.options == "letters")
+  everything = [one for asked in encoded for one in asked]
+  speaks = bool(find_fusion(config).STREAM)
+  scores = iter((of_branches if speaks else pairs.of_branches)(
+    config, params, everything, entry.batch))
+  row = _row if speaks else _compared
+  rows = [row(choice, [next(scores) for _ in asked], entry.options == "letters")
           for choice, asked in zip(choices, encoded, strict=True)]
   return rows, opened.bad
 
@@ -244,3 +261,10 @@ def _row(choice: Choice, scored: list[tuple[np.ndarray, np.ndarray]], letters: b
   if letters:
     row["circular"] = float(all(np.argmax(one) == choice.right for one, _ in scored))
   return row
+
+
+def _compared(choice: Choice, scored: list[tuple[np.ndarray, np.ndarray]], letters: bool) -> dict:
+  """`_row` of scores that are not likelihoods."""
+  row = _row(choice, scored, letters)
+  row["matches"] = row.pop("log_probs")
+  return {name: value for name, value in row.items() if name not in ("tokens", "score_per_token")}

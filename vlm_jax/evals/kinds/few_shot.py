@@ -165,12 +165,15 @@ class Shots:
     if None in first:
       key = documents[first.index(None)].key
       raise UsageError(f"document {key} has no picture, and choose='similar' compares pictures; "
-                       "use choose='random'")
+                       "leave 'none' out of images and controls, or use choose='random'")
     values = np.stack([opened.decode_image(image).values for image in first if image])
-    config, rows = FrozenConfigDict(self._config), self._entry.batch if len(values) > 1 else 1
-    found = [np.asarray(features(config, self._params["tower"], padded))[:size] for padded, size in
-             ((np.pad(part, [(0, rows - len(part)), (0, 0), (0, 0), (0, 0)]), len(part))
-              for part in (values[at : at + rows] for at in range(0, len(values), rows)))]
+    config, rows = FrozenConfigDict(self._config), min(self._entry.batch, len(values))
+    found = []
+    for start in range(0, len(values), rows):
+      shown = np.zeros((rows, *values.shape[1:]), values.dtype)
+      count = len(values[start : start + rows])
+      shown[:count] = values[start : start + rows]
+      found.append(np.asarray(features(config, self._params["tower"], shown))[:count])
     return np.concatenate(found)
 
 

@@ -29,6 +29,7 @@ from vlm_jax.evals import embed
 from vlm_jax.evals.likelihood import of_branches
 from vlm_jax.evals.metrics.retrieval import recall_at, strangers
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
+from vlm_jax.ops import contrastive
 
 MAIN, UNIT = "text_to_image@1", "captions"
 ASKS = ("speakers", "embedders")
@@ -170,8 +171,8 @@ def cosines(config: ConfigDict, params: Params, found: Candidates, entry: Config
            for key, trunk in found.pictures]
   told = [Encoded(tuple(dataclasses.replace(part, branch=0) for part in parts), found.source, key)
           for key, _, parts in found.captions]
-  return (embed.images(config, params, shown, entry.batch)
-          @ embed.texts(config, params, told, entry.batch).T)
+  return np.asarray(contrastive.cosines(embed.images(config, params, shown, entry.batch),
+                                        embed.texts(config, params, told, entry.batch)))
 
 
 def summary(found: Candidates, scores: np.ndarray, seed: int) -> tuple[dict[str, Any], list[dict]]:

@@ -17,6 +17,7 @@ from vlm_jax.data import template
 from vlm_jax.evals import embed
 from vlm_jax.evals.kinds.retrieval import said
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
+from vlm_jax.ops import contrastive
 
 MAIN, UNIT = "accuracy", "pictures"
 ASKS = ("embedders",)
@@ -57,8 +58,9 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     if len(classes) < 2:
       raise UsageError(f"config.evals: split '{split}' of '{entry.source}' has {len(classes)} "
                        "class; choose a form that captions pictures, and another split or limit")
-    scores = (embed.images(config, params, pictures, entry.batch)
-              @ vectors(config, params, opened, classes, entry).T)
+    scores = np.asarray(contrastive.cosines(
+      embed.images(config, params, pictures, entry.batch),
+      vectors(config, params, opened, classes, entry)))
     return *summary(keys, names, classes, scores, config.seed), opened.bad
 
   return with_controls(entry, measure)
