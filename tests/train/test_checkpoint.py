@@ -13,6 +13,7 @@ import pytest
 
 from vlm_jax.core import digest
 from vlm_jax.core.errors import DataError, DiskError, UsageError
+from vlm_jax.train import arrays
 from vlm_jax.train import checkpoint as checkpoint_lib
 from vlm_jax.train.checkpoint import Checkpoints, load_params, quiet
 from vlm_jax.train.state import State
@@ -265,3 +266,12 @@ def test_full_disk_keeps_the_previous(path, monkeypatch):
   state, _, _ = store.restore(abstract_of(make_state(0)))
   store.close()
   assert same(state, make_state(4)) and checkpoint_lib.steps(path) == [1, 2, 4]
+
+
+def test_what_the_machine_refuses_is_no_damage():
+  with pytest.raises(PermissionError, match="permission denied: 'llm/embed'"), (
+      arrays.reading("llm/embed")):
+    raise ValueError("PERMISSION_DENIED: Error opening file")
+  with pytest.raises(arrays.Corrupt, match="'llm/embed' cannot be read: NOT_FOUND"), (
+      arrays.reading("llm/embed")):
+    raise ValueError("NOT_FOUND: no such chunk")

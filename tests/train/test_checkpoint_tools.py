@@ -81,8 +81,13 @@ def test_a_real_optimizer_is_read_back(config, tmp_path):
 
   init, leaves = initializer(tiny_fusion, config)
   optimizer = make_optimizer(config, tiny_fusion.STAGES, leaves)
-  params = init(jax.random.key(3))
-  state = State(jnp.int32(4), params, optimizer.init(params))
+
+  @jax.jit  # one compilation, not one for every operation
+  def begin(key):
+    params = init(key)
+    return State(jnp.int32(4), params, optimizer.init(params))
+
+  state = begin(jax.random.key(3))
   store = Checkpoints(tmp_path, keep=1)
   store.save(4, state, {}, {"step": 4})
   store.finish(4)

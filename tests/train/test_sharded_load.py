@@ -26,6 +26,7 @@ def test_every_device_holds_its_part(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)
 def test_a_billion_parameters_take_one_copy(tmp_path):
   size, spread, lifted = loaded(tmp_path, "1B")
   assert size > 2e9 and spread < 0.13

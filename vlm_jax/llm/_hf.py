@@ -23,7 +23,7 @@ FIELDS = (
 PLAIN = {
   "qkv_bias": False, "qk_norm": "", "post_norms": False, "query_scalar": 0.0,
   "attention_soft_cap": 0.0, "final_soft_cap": 0.0, "window": 0, "global_every": 1,
-  "local_theta": 0.0, "positions": 0, "linear_bias": False,
+  "local_theta": 0.0, "positions": 0, "linear_bias": False, "relative_buckets": 0,
 }
 # Kinds of rope_type to ours, and to our fields and their names.
 ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}

@@ -7,6 +7,7 @@ chunks that can be read alone.
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from vlm_jax.core.typing import Params
 # Trouble of this machine, not of the checkpoint: never a reason to move one aside.
 OURS = (MemoryError, PermissionError, KeyboardInterrupt)
 
+Span = tuple[tuple[int, int], ...]  # (start, stop) of every axis of a part of an array
+
 
 class Corrupt(Exception):
   """A checkpoint that cannot be read back as it was written; the message says what is wrong."""
@@ -42,6 +45,8 @@ def reading(name: str) -> Iterator[None]:
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       raise
+    if "PERMISSION_DENIED" in str(error):  # TensorStore has its own kinds of errors
+      raise PermissionError(errno.EACCES, "permission denied", name) from error
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full ")[0]
     raise Corrupt(f"'{name}' cannot be read: {reason[:200]}") from error
 
@@ -150,27 +155,27 @@ def load(directory: Path, expected: dict[str, dict[str, Any]], abstract: Any) ->
   leaves = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in flat}
   spans = {path: _spans(leaf) for path, leaf in leaves.items()}
   boxes = {path: tuple(slice(min(start for start, _ in axis), max(stop for _, stop in axis))
-                       for axis in zip(*mine, strict=True)) for path, mine in spans.items()}
+                       for axis in zip(*mine.values(), strict=True))
+           for path, mine in spans.items()}
   found = open_pieces(directory, {path: expected[path] for path in leaves}, boxes)
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding lets the others run
     return treedef.unflatten(_spread(found[path], leaf, spans[path], boxes[path], pool)
                              for path, leaf in leaves.items())
 
 
-def _spans(leaf: jax.ShapeDtypeStruct) -> set[tuple[tuple[int, int], ...]]:
-  """(start, stop) of every axis of the parts that devices of this process hold."""
-  return {_span(index, leaf.shape)
-          for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+def _spans(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Span]:
+  """What every device of this process holds of an array."""
+  held = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+  return {device: tuple(part.indices(size)[:2]
+                        for part, size in zip(index, leaf.shape, strict=True))
+          for device, index in held.items()}
 
 
-def _span(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-  return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _spread(array: Pieces, leaf: jax.ShapeDtypeStruct, spans: set[tuple[tuple[int, int], ...]],
+def _spread(array: Pieces, leaf: jax.ShapeDtypeStruct, spans: dict[jax.Device, Span],
             box: tuple[slice, ...], pool: ThreadPoolExecutor) -> jax.Array:
   """An array on the devices of `leaf`, from the pieces of its part within `box`."""
-  parts = {span: np.empty([stop - start for start, stop in span], array.dtype) for span in spans}
+  parts = {span: np.empty([stop - start for start, stop in span], array.dtype)
+           for span in spans.values()}
 
   def fill(begin: int) -> None:
     piece = array.read(begin, min(begin + array.rows, array.last))
@@ -186,6 +191,10 @@ def _spread(array: Pieces, leaf: jax.ShapeDtypeStruct, spans: set[tuple[tuple[in
           (slice(low - begin, high - begin), *(slice(*axis) for axis in rest))]
 
   list(pool.map(fill, range(0, array.last, array.rows)))
-  return jax.make_array_from_callback(
-    leaf.shape, leaf.sharding,
-    lambda index: parts[_span(index, leaf.shape)].astype(leaf.dtype, copy=False))
+  last = {span: device for device, span in spans.items()}
+  held = []
+  for device, span in spans.items():  # a part goes when its last device has it
+    part = parts.pop(span) if last[span] == device else parts[span]
+    held.append(jax.block_until_ready(
+      jax.device_put(part.astype(leaf.dtype, copy=False), device)))
+  return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, held)
