@@ -64,11 +64,7 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   """
   model = module.Model(config)
   parts = config.train.accumulation
-  undivided = sorted(set(config.fusion.objectives) & set(getattr(module, "UNDIVIDED", ())))
-  if parts > 1 and undivided:
-    raise UsageError(f"config.train.accumulation is {parts}, but config.fusion.objectives."
-                     f"{undivided[0]} of '{config.fusion.name}' compares documents of the whole "
-                     "batch inside the model; set it to 1, or leave the objective out")
+  _check_parts(config, module)
 
   def run(moved: Params, params: Params, batch: Batch, rng: Array):
     return model.apply({"params": merge(params, moved)}, batch, rng=rng,
@@ -80,16 +76,14 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
     found = {name: sums[name] for name in scale}
     return sum((jnp.sum(scale[name] * found[name]) for name in scale), jnp.float32(0)), found
 
-  def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
-    return total(run(moved, params, batch, rng), batch, scale)
-
   def step(state: State, flat: dict[str, Array]) -> tuple[State, Numbers]:
     batch = from_flat(flat)
     weights = module.weights(batch, config)
     scale = _scales(config, weights)
     moved = optimizer.select(state.params)
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    value_and_grad = jax.value_and_grad(forward, has_aux=True)
+    value_and_grad = jax.value_and_grad(lambda moved, params, batch, scale, rng: total(
+      run(moved, params, batch, rng), batch, scale), has_aux=True)
 
     def add(carry, micro):
       index, rows = micro
@@ -135,6 +129,16 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
 
   out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), NamedSharding(mesh, PartitionSpec()))
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _check_parts(config: ConfigDict, module: Fusion) -> None:
+  """Raises UsageError for an objective that cannot be accumulated and is to be."""
+  parts = config.train.accumulation
+  undivided = sorted(set(config.fusion.objectives) & set(getattr(module, "UNDIVIDED", ())))
+  if parts > 1 and undivided:
+    raise UsageError(f"config.train.accumulation is {parts}, but config.fusion.objectives."
+                     f"{undivided[0]} of '{config.fusion.name}' compares documents of the whole "
+                     "batch inside the model; set it to 1, or leave the objective out")
 
 
 def place(flat: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
