@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 
 from vlm_jax import recipes, runs
 from vlm_jax.configs import base
-from vlm_jax.convert import safetensors_io, systems, table
+from vlm_jax.convert import systems, table
 from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
 from vlm_jax.core.errors import DataError, UsageError
-from vlm_jax.core.fusion import Embeddings, Fusion, find_fusion
+from vlm_jax.core.fusion import Embeddings, Fusion, embeds, find_fusion
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.core.typing import Params
@@ -249,9 +249,9 @@ class Bundle:
       UsageError: the strategy does not embed, or there is nothing to embed.
       DataError: a picture cannot be read, or a text has no word.
     """
-    if self.module.STREAM:
+    if not embeds(self.module):
       raise UsageError(f"config.fusion.name '{self.config.fusion.name}' speaks and gives no "
-                       "embeddings; those of CLIP and SigLIP do")
+                       "embeddings; those of CLIP, SigLIP and CoCa do")
     shown = [Encoded((self.processor(one),), "", f"picture {n}") for n, one in enumerate(pictures)]
     said = [self._encode(Document((Text(one, loss=True),), "", f"text {n}"), template.encode)
             for n, one in enumerate(texts)]
@@ -349,7 +349,7 @@ def of_recipe(config: ConfigDict, root: str | None = None) -> Bundle:
 
 def _of_published(path: Path, root: str | None, dtype: str) -> Bundle:
   """A checkpoint of Hugging Face; says in a line which marks its tokenizer had no token for."""
-  theirs = safetensors_io.read_json(path / "config.json")
+  theirs = systems.read_theirs(path)
   config, params = systems.read(path, base.get_config(), table.dtype_of(dtype) if dtype else None)
   config.precision.param = systems.one_dtype(params)
   config.data.root = root or config.data.root

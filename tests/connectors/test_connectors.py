@@ -99,3 +99,33 @@ def test_a_linear_layer_may_start_at_zero():
     assert np.any(rows) != silent
   with pytest.raises(UsageError, match="config.connector.initial is 'zero'; did you mean 'zeros'"):
     make(get_config("linear", initial="zero"))
+
+
+def test_learned_queries_read_every_patch():
+  features, params, run = make(get_config("attention_pool", latents=3, heads=1))
+  slots = find_connector(get_config("attention_pool", latents=3)).slots
+  assert len(slots(get_config("attention_pool", latents=3).connector, 2, *GRID)) == 6
+  before = run(features)
+  assert before.shape == (2, 3, 3, OUT)
+  for patch in (0, 23):
+    other = features.copy()
+    other[0, 0, patch, 0] += 1
+    changed = (run(other) != before).any(-1)
+    assert changed[0, 0].all() and changed.sum() == 3
+  # By hand, with both norms.
+  tree = params["params"]["pool"]
+  def norm(x, name):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    return x * tree[name]["scale"] + tree[name]["bias"]
+  attends = tree["attention"]
+  project = lambda x, name: x @ attends[name]["kernel"][:, 0] + attends[name]["bias"][0]
+  keys = norm(features, "key_norm")
+  logits = project(norm(tree["queries"], "query_norm"), "query") @ project(
+    keys, "key").swapaxes(-1, -2) / np.sqrt(OUT)
+  shares = np.exp(logits - logits.max(-1, keepdims=True))
+  read = shares / shares.sum(-1, keepdims=True) @ project(keys, "value")
+  expected = read @ attends["out"]["kernel"][0] + attends["out"]["bias"]
+  np.testing.assert_allclose(before, expected, atol=1e-5)
+  with pytest.raises(UsageError, match="config.connector.heads is 2, which must divide 7"):
+    make(get_config("attention_pool", heads=2))

@@ -11,8 +11,8 @@ from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data.pack import Packer
 
-PLAIN = ("clip", "siglip")  # whose only objective is the contrast
-NAMES = (*PLAIN, "blip2_qformer")
+PLAIN = ("clip", "siglip")  # which do nothing but compare
+NAMES = (*PLAIN, "coca", "blip2_qformer")
 LENGTH = 7
 END = t.VOCAB - 1
 
@@ -28,22 +28,27 @@ def get_config(name: str, rows: int = 2) -> ConfigDict:
                     kv_heads=4, positions=LENGTH, activation="gelu", eos=END)
   if name == "siglip":
     config.llm.update(attends="full", pool="last")
+  if name == "coca":
+    config.tower.pool = "none"
+    config.connector.update(name="attention_pool", latents=t.K, heads=2)
+    config.llm.update(name="two_halves", tie_embeddings=False)
   if name == "blip2_qformer":
     config.fusion.objectives = ConfigDict(dict(itc=1.0, itm=1.0, itg=1.0))
     config.tower.pool = "none"
     config.connector.update(**t.QFORMER, vocab_size=t.VOCAB, positions=LENGTH)
   config.attention.implementation = "dense"
-  config.data.update(rows=rows, images=4)
+  config.data.update(rows=rows, images=4, tokens=4 * LENGTH)
   config.data.sources.pairs = base.source(form="caption")
   config.data.sources.words = base.source(form="caption")
   return config
 
 
 def total(output, batch: Batch, config: ConfigDict):
-  """The mean loss of every objective and source, added up."""
+  """The mean loss of every one of config.fusion.objectives and source, added up."""
   module = find_fusion(config)
   sums, weights = module.losses(output, batch, config), module.weights(batch, config)
-  return sum(jnp.sum(sums[name] / jnp.maximum(weights[name], 1)) for name in sums)
+  return sum(jnp.sum(sums[name] / jnp.maximum(weights[name], 1))
+             for name in config.fusion.objectives)
 
 
 def text(rng: np.random.Generator, length: int) -> Tokens:

@@ -29,7 +29,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 def main() -> int:
-  for name in c.NAMES if "--all" in sys.argv else c.PLAIN:
+  for name in MESHES if "--all" in sys.argv else c.PLAIN:
     config = c.get_config(name, ROWS)
     module, params, flat = find_fusion(config), t.noise_params(config), c.batch(config)
     flat["documents/captions/digests"][5, 0] = flat["documents/captions/digests"][2, 1]

@@ -16,7 +16,7 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tiles, Tokens
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout, mask_axes, streams_of
+from vlm_jax.core.layout import Layout, heard, mask_axes, streams_of
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
@@ -43,17 +43,20 @@ VARIANTS = [
   ("flamingo", "last", False),
   ("flamingo", "all", False),
   ("flamingo", "last", True),
+  ("coca", None, False),
 ]
 # What a strategy needs of the language model beside the sizes below.
 LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
+  "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
   "blip2_t5": dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
                    relative_buckets=8, relative_distance=12, encoder_depth=2),
 }
 QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
 # And of other nodes.
 NODES = {
+  "coca": dict(connector=dict(name="attention_pool", latents=K, heads=2)),
   "flamingo": dict(connector=dict(name="perceiver", width=24, latents=K, depth=1, heads=2,
                                   head_dim=6, hidden=20), bridge=dict(mlp=40),
                    data=dict(tokens=40)),
@@ -240,6 +243,12 @@ def silence(grads: dict) -> dict:
   return unflatten(flat)
 
 
+def heard_masks(config: ConfigDict) -> list[str]:
+  """The masks that logits depend on."""
+  module = find_fusion(config)
+  return sorted(mask_axes(heard(module.fields(config), module.STREAM)))
+
+
 def reads_table(config: ConfigDict) -> bool:
   """Whether a mask of the strategy has the media table for keys."""
   return any(keys == "table" for _, keys in mask_axes(find_fusion(config).fields(config)).values())
@@ -273,6 +282,7 @@ def error(got, expected) -> float:
   """Largest difference as a share of the largest expected value, over all leaves."""
   leaves = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
   return max(
-    float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(b)).max(), 1e-30))
+    float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)
+          / np.abs(np.asarray(b)).max(initial=1e-30))
     for a, b in leaves
   )

@@ -49,13 +49,15 @@ def get_config(arg: str = "") -> ConfigDict:
       image_attention="bidirectional",
       stage="all",  # which of the strategy's STAGES trains
       objectives=ConfigDict(dict(lm=1.0)),  # weight of every objective in the total
-      width=512,  # clip, blip2_qformer: width of the space that pictures and texts share
+      width=512,  # clip, coca, blip2_qformer: width of the space that pictures and texts share
       start=3,  # blip2_qformer: the token that opens a text which is said (published: 30522)
       new_tokens=1,  # flamingo: rows behind the vocabulary's; the last stands where a picture is
       say_new=False,  # flamingo: whether new tokens can be said (IDEFICS)
       next_image=0.0,  # flamingo: share of pages (form "document") whose text reads the next image
       predict_unseen=True,  # flamingo: learn text before a document's first image (Open...: False)
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
+      pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
+      compat="",  # coca: "open_clip" has the mask of the class token that was released there
       init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
     )
   )
@@ -195,7 +197,8 @@ def _connector() -> ConfigDict:
       bias=True,
       initial="random",  # linear: "zeros" starts with silent images (PaliGemma)
       factor=2,  # pool, space_to_depth: r, windows of r x r patches become one slot
-      latents=64,  # perceiver, qformer: K, slots of an image; with the fields below
+      latents=64,  # perceiver, qformer: K, slots of an image; with the fields below, and
+      # attention_pool, with heads and norm_eps
       depth=6,
       heads=8,
       norm_eps=1e-5,
@@ -264,8 +267,10 @@ def _llm() -> ConfigDict:
       window=0,  # gemma: slots back that a local layer sees, itself counted; 0: all layers global
       global_every=1,  # gemma: every n-th layer is global, the others are local
       local_theta=0.0,  # gemma: rope_theta of local layers, which are not scaled; 0: as the others
-      encoder_depth=0,  # encoder_decoder, t5: layers of the encoder, 0: as many as the decoder
-      positions=0,  # learned ones of opt or a side of encoder_decoder, 0: none; text_tower: L
+      encoder_depth=0,  # encoder_decoder, t5: of the encoder, two_halves: of the first; 0: depth
+      positions=0,  # learned ones of opt or a side of encoder_decoder, 0: none; text_tower: L;
+      # two_halves: of the longest text, beside which its class token has one more
+      cross="inside",  # two_halves: another stream is read before the MLP of a layer, or "behind"
       attends="causal",  # text_tower: "causal" (CLIP) or "full" (SigLIP), padding included
       pool="eos",  # text_tower: the slot that is the text: "eos" (the first), "largest" id, "last"
       eos=2,  # text_tower: the id that ends a text, for pool "eos"

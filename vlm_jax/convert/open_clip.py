@@ -20,7 +20,7 @@ from vlm_jax.towers import vit
 VISION, TEXT = "visual.", ""  # where the towers are
 
 
-def _both(ours: str, theirs: str, kind: str = "copy") -> Keys:
+def both(ours: str, theirs: str, kind: str = "copy") -> Keys:
   """Rows of a norm (their weight is our scale) or of a linear layer."""
   name = "scale" if kind == "copy" else "kernel"
   return ((f"{ours}/{name}", f"{theirs}.weight", kind), (f"{ours}/bias", f"{theirs}.bias", "copy"))
@@ -28,14 +28,14 @@ def _both(ours: str, theirs: str, kind: str = "copy") -> Keys:
 
 _BLOCK = "transformer.resblocks.{layer}."
 BLOCKS: Keys = (
-  *_both("layers/attention_norm", _BLOCK + "ln_1"),
+  *both("layers/attention_norm", _BLOCK + "ln_1"),
   *((f"layers/attention/{name}/{leaf}", f"{_BLOCK}attn.in_proj_{theirs}[{part}/3]", op)
     for part, name in enumerate(("query", "key", "value"))
     for leaf, theirs, op in (("kernel", "weight", "in"), ("bias", "bias", "flat"))),
-  *_both("layers/attention/out", _BLOCK + "attn.out_proj", "out"),
-  *_both("layers/mlp_norm", _BLOCK + "ln_2"),
-  *_both("layers/mlp/up", _BLOCK + "mlp.c_fc", "in"),
-  *_both("layers/mlp/down", _BLOCK + "mlp.c_proj", "in"),
+  *both("layers/attention/out", _BLOCK + "attn.out_proj", "out"),
+  *both("layers/mlp_norm", _BLOCK + "ln_2"),
+  *both("layers/mlp/up", _BLOCK + "mlp.c_fc", "in"),
+  *both("layers/mlp/down", _BLOCK + "mlp.c_proj", "in"),
 )
 # By the module's name.
 TABLES: dict[str, Keys] = {
@@ -43,15 +43,15 @@ TABLES: dict[str, Keys] = {
     ("patch/kernel", "conv1.weight", "patch"),
     ("class_token", "class_embedding", "copy"),
     ("positions", "positional_embedding", "copy"),
-    *_both("pre_norm", "ln_pre"),
+    *both("pre_norm", "ln_pre"),
     *BLOCKS,
-    *_both("post_norm", "ln_post"),
+    *both("post_norm", "ln_post"),
   ),
   "text_tower": (
     ("embed/embedding", "token_embedding.weight", "copy"),
     ("positions", "positional_embedding", "copy"),
     *BLOCKS,
-    *_both("norm", "ln_final"),
+    *both("norm", "ln_final"),
   ),
 }
 CLIP: Keys = (

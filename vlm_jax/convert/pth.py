@@ -65,7 +65,7 @@ class Reader:
   """The tensors of a .pth file by key; reads one only when it is asked for.
 
   Attributes:
-    shapes: key to shape, known without reading any.
+    shapes, dtypes: key to shape and dtype, known without reading any.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -92,6 +92,7 @@ class Reader:
     self._tensors = state_dict(found, self.path)
     self._check()
     self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
+    self.dtypes = {key: tensor.storage.dtype for key, tensor in self._tensors.items()}
 
   def _read_zip(self) -> Any:
     with zipfile.ZipFile(self._file) as archive:

@@ -1,4 +1,4 @@
-"""Published systems of Hugging Face, config.json and safetensors, both directions.
+"""Published systems of Hugging Face and others, config.json and safetensors, both directions.
 
 A converter is a module that says how one family of systems is written down; reading and writing is
 here. It has
@@ -15,6 +15,9 @@ here. It has
   read_config(theirs, config)           a copy of `config` with the model of their config.json
   write_config(config, image_token)     their config.json
   pixels(config, theirs)                their preprocessor_config.json
+  CONFIG, WEIGHTS                       of files that are not Hugging Face's, whose config names no
+                                        model_type and holds the pixels: the name of the config,
+                                        and those of weights, the first of which is written
 """
 
 import contextlib
@@ -33,6 +36,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.convert import (
   blip2,
+  coca,
   hf_text,
   idefics,
   llava,
@@ -40,6 +44,7 @@ from vlm_jax.convert import (
   paligemma,
   processor,
   safetensors_io,
+  sources,
   table,
   two_towers,
 )
@@ -52,16 +57,53 @@ from vlm_jax.core.typing import Params
 from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.data import pipeline
 
-CONVERTERS = (blip2, idefics, llava, paligemma, two_towers)
+CONFIG = "config.json"
+CONVERTERS = (blip2, coca, idefics, llava, paligemma, two_towers)
 
 
 def is_published(directory: str | os.PathLike) -> bool:
-  """Whether a directory holds a checkpoint of Hugging Face."""
+  """Whether a directory holds a checkpoint that a converter may read."""
+  if _named(directory) is not None:
+    return True
   try:
-    found = json.loads((Path(directory) / "config.json").read_text())
+    found = json.loads((Path(directory) / CONFIG).read_text())
   except (OSError, ValueError):
     return False
   return isinstance(found, dict) and "model_type" in found
+
+
+def read_theirs(directory: str | os.PathLike) -> dict[str, Any]:
+  """The config of a checkpoint, config.json or a converter's own file, with a model_type.
+
+  Raises:
+    DataError: there is no readable one.
+  """
+  module = _named(directory)
+  if module is None:
+    return safetensors_io.read_json(Path(directory) / CONFIG)
+  return {**safetensors_io.read_json(Path(directory) / module.CONFIG),
+          "model_type": module.MODEL_TYPES[0]}
+
+
+def _named(directory: str | os.PathLike) -> ModuleType | None:
+  """The converter whose own config file a directory has."""
+  return next((module for module in CONVERTERS if hasattr(module, "CONFIG")
+               and (Path(directory) / module.CONFIG).is_file()), None)
+
+
+def config_name(config: ConfigDict) -> str:
+  """The file that a checkpoint of `config`'s model has its config in; errors as `converter`."""
+  return getattr(converter(config), "CONFIG", CONFIG)
+
+
+def _weights(directory: str | os.PathLike, config: ConfigDict) -> Path:
+  """The file or directory of the weights of a checkpoint of `config`'s model."""
+  names = getattr(converter(config), "WEIGHTS", ())
+  found = [Path(directory) / name for name in names if (Path(directory) / name).is_file()]
+  if names and not found:
+    raise DataError(f"{directory}: holds neither of {', '.join(names)}; give the directory of the "
+                    "whole checkpoint")
+  return found[0] if found else Path(directory)
 
 
 def reader(theirs: dict[str, Any]) -> ModuleType:
@@ -125,7 +167,7 @@ def read_config(directory: str | os.PathLike, config: ConfigDict) -> ConfigDict:
     UsageError: no converter reads it, or it asks for what our modules do not have.
     DataError: there is no readable config.json.
   """
-  theirs = safetensors_io.read_json(Path(directory) / "config.json")
+  theirs = read_theirs(directory)
   config = reader(theirs).read_config(theirs, config)
   _read_processor(Path(directory), config)
   return config
@@ -170,7 +212,7 @@ def read(directory: str | os.PathLike, config: ConfigDict,
     DataError: a file is missing or damaged, keys are missing or unexpected, shapes are wrong.
   """
   config = read_config(directory, config)
-  with safetensors_io.Reader(directory) as source:
+  with sources.open_source(_weights(directory, config)) as source:
     return config, load(source, config, dtype)
 
 
@@ -192,7 +234,7 @@ def open_pieces(directory: str | os.PathLike, config: ConfigDict,
   Raises:
     DataError: as `read`.
   """
-  with safetensors_io.Reader(directory) as source:
+  with sources.open_source(_weights(directory, config)) as source:
     yield _read(source, config, dtype, table.open_pieces)
 
 
@@ -219,7 +261,7 @@ def write(
   shard_bytes: int = safetensors_io.SHARD_BYTES,
   dtype: np.dtype | None = None,
 ) -> None:
-  """Writes a checkpoint that transformers loads: config, image processor, weights.
+  """Writes a checkpoint that its publisher's program loads: config, image processor, weights.
 
   Args:
     directory: made if missing; must not hold a checkpoint.
@@ -235,15 +277,18 @@ def write(
   """
   module = converter(config)
   kind = np.dtype(dtype or next(iter(flatten(params).values())).dtype)
-  theirs = {**module.write_config(config, image_token), "dtype": kind.name}
+  theirs = module.write_config(config, image_token)
   tensors = table.export(params, entries(config), dtype)
   for name, value in module.UNREAD.items():
     filler = np.full(config.tower.width, value, kind)
     tensors[name] = safetensors_io.Tensor(filler.shape, kind, lambda filler=filler: filler)
   directory = safetensors_io.new_directory(directory)
+  if names := getattr(module, "WEIGHTS", ()):
+    safetensors_io.write_file(directory / names[0], tensors)
+    return safetensors_io.write_json(directory / module.CONFIG, theirs)
   safetensors_io.write(directory, tensors, shard_bytes)
   safetensors_io.write_json(directory / processor.FILE, module.pixels(config, theirs))
-  safetensors_io.write_json(directory / "config.json", theirs)
+  safetensors_io.write_json(directory / CONFIG, {**theirs, "dtype": kind.name})
 
 
 def one_dtype(params: Params) -> str:

@@ -1,6 +1,7 @@
 """What a model sees: a pytree of static shapes, B packed rows."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -56,19 +57,23 @@ class Media:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """A text of fixed length for each of the M documents of a row, where documents are compared.
+  """The texts of the M documents of a row, where documents are compared.
 
   Attributes:
-    tokens: i32[B,M,L], 0 behind the end of a text.
-    segment_ids: i32[B,M], 1.. per document of the row, 0 where there is no text.
+    tokens: i32[B,M,L], texts of fixed length, 0 behind the end of one; None: they are in streams.
+    segment_ids: i32[B,M], 1.. per document of the row, 0 where there is no text to compare.
     source_ids: i32[B,M], index of the data source.
     digests: i32[B,M,2], of the tokens: texts are equal where these are.
+    slots: i32[B,M], the slot of a stream that stands for the text, -1: none; None: `tokens` do.
+    images: i32[B,M], which image belongs to it, -1: none; None: the m-th to the m-th.
   """
 
-  tokens: Array
+  tokens: Array | None
   segment_ids: Array
   source_ids: Array
   digests: Array
+  slots: Array | None = None
+  images: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +95,7 @@ def from_flat(flat: dict[str, Array]) -> Batch:
     streams=make(Stream, tree.get("streams", {})),
     media=make(Media, tree.get("media", {})),
     masks=make(IntervalMask, tree.get("masks", {})),
-    documents=make(Texts, tree.get("documents", {})),
+    documents=make(functools.partial(Texts, tokens=None), tree.get("documents", {})),
   )
 
 

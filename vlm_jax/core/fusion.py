@@ -49,34 +49,8 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Output:
-  """What a fusion returns.
-
-  Attributes:
-    hidden: f[B,T,D] of the stream that speaks, after the last norm.
-    head: f[D,V], the vocabulary projection (the transposed embedding when tied).
-    cache: the cache with this call's keys and values appended, or None.
-    soft_cap: c of logits c tanh(logits / c), or None; who reads `head` must read it too.
-  """
-
-  hidden: Array
-  head: Array
-  cache: Cache | None = None
-  soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
-
-  def logits(self) -> Array:
-    """f32[B,T,V]. For training use the chunked losses, which never hold this array."""
-    logits = jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
-                              preferred_element_type=jax.numpy.float32)
-    if self.soft_cap is None:
-      return logits
-    return self.soft_cap * jax.numpy.tanh(logits / self.soft_cap)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Embeddings:
-  """What a fusion returns that only compares pictures with texts.
+  """What pictures and texts are compared by; all that a fusion returns which only compares them.
 
   Attributes:
     image: f32[B,M,E] of unit length, one per picture, or f32[B,M,K,E], the nearest of K counting
@@ -89,6 +63,34 @@ class Embeddings:
   text: Array | None
   scale: Array
   bias: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What a fusion returns.
+
+  Attributes:
+    hidden: f[B,T,D] of the stream that speaks, after the last norm.
+    head: f[D,V], the vocabulary projection (the transposed embedding when tied).
+    cache: the cache with this call's keys and values appended, or None.
+    soft_cap: c of logits c tanh(logits / c), or None; who reads `head` must read it too.
+    embeddings: of strategies that also compare pictures with texts.
+  """
+
+  hidden: Array
+  head: Array
+  cache: Cache | None = None
+  soft_cap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+  embeddings: Embeddings | None = None
+
+  def logits(self) -> Array:
+    """f32[B,T,V]. For training use the chunked losses, which never hold this array."""
+    logits = jax.numpy.einsum("btd,dv->btv", self.hidden, self.head.astype(self.hidden.dtype),
+                              preferred_element_type=jax.numpy.float32)
+    if self.soft_cap is None:
+      return logits
+    return self.soft_cap * jax.numpy.tanh(logits / self.soft_cap)
 
 
 @jax.tree_util.register_dataclass
@@ -121,9 +123,10 @@ class Fusion(Protocol):
   are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
   can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
   objectives that compare documents of the whole batch: they have no meaning for a part of it, so
-  they accumulate over cached outputs (`train/accumulate.py`). UNDIVIDED names those that compare
+  they accumulate over cached embeddings (`train/accumulate.py`). UNDIVIDED names those that compare
   inside the model and cannot. A strategy whose Model returns `Embeddings` says nothing: its STREAM
-  is "".
+  is "". One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
+  `losses` of plain `Embeddings` are those of GLOBAL.
   """
 
   Model: type
@@ -193,6 +196,7 @@ class LanguageModel(Protocol):
   positions i32[B,T], mask, cache=None, visitors=None), visitors as in `nn/stack.py`; an
   "encoder-decoder" those of `llm/encoder_decoder.py`.
   RUNS names the runs of layers (`nn/stack.py`) that a cache belongs to, as paths below "llm/".
+  layers_of(config, mask), optional, is through how many layers the mask of that name goes.
   `config` below is `config.llm`. A published one also has KEYS (`convert/table.py`), MODEL_TYPES,
   read_hf and write_hf (`convert/nodes.py`).
   """
@@ -244,6 +248,17 @@ def find(floor: str, name: str, *, outside: bool = True) -> ModuleType:
 def find_fusion(config: ConfigDict) -> Fusion:
   """The strategy of `config.fusion.name`, typed."""
   return cast(Fusion, find("fusion", config.fusion.name, outside=config.outside))
+
+
+def embeds(module: Any) -> bool:
+  """Whether a strategy gives embeddings of pictures and texts, beside speaking or instead."""
+  return getattr(module, "EMBEDS", not module.STREAM)
+
+
+def embeddings_of(output: Output | Embeddings) -> Embeddings:
+  """The embeddings of what a strategy that embeds returns, and nothing that it has beside them."""
+  found = output.embeddings if isinstance(output, Output) else output
+  return Embeddings(found.image, found.text, found.scale, found.bias)
 
 
 def find_tower(config: ConfigDict) -> Tower:

@@ -105,6 +105,26 @@ def mask_axes(fields: dict[str, Field]) -> dict[str, tuple[str, str]]:
           if parts[0] == "masks" and parts[2] == "lo"}
 
 
+def heard(fields: dict[str, Field], stream: str) -> dict[str, Field]:
+  """The fields that what a stream says may depend on.
+
+  Left out are streams that read it and that it does not read, and what documents are compared by.
+  """
+  masks = mask_axes(fields)
+  behind = {queries for queries, keys in masks.values() if keys == stream} - {stream}
+  behind -= {keys for queries, keys in masks.values() if queries == stream}
+  compared = {path.split("/")[1] for path in fields
+              if path.startswith("documents/") and path.endswith("/digests")}
+
+  def said(path: str) -> bool:
+    kind, name = path.split("/")[:2]
+    if kind == "documents":
+      return name not in compared
+    return {"streams": name, "masks": masks.get(name, ("",))[0]}.get(kind) not in behind
+
+  return {path: field for path, field in fields.items() if said(path)}
+
+
 def image_fields(height: int, width: int, grids: bool = False) -> dict[str, Field]:
   """The fields of the media axis "images": u8 pixels and the document of each image (0: empty).
 
@@ -119,13 +139,23 @@ def image_fields(height: int, width: int, grids: bool = False) -> dict[str, Fiel
   } | ({"media/images/grid": Field("images", shape=(2,))} if grids else {})
 
 
-def text_fields(name: str, length: int) -> dict[str, Field]:
-  """The fields of a text of fixed length L per document, on the axis "documents"; see `Texts`."""
-  return {
-    f"documents/{name}/tokens": Field("documents", shape=(length,)),
-    f"documents/{name}/segment_ids": Field("documents", shift="documents", base=1),
-    f"documents/{name}/source_ids": Field("documents"),
-    f"documents/{name}/digests": Field("documents", shape=(2,)),
+def text_fields(name: str, length: int = 0, stream: str = "") -> dict[str, Field]:
+  """The fields of the text of a document that is compared, on the axis "documents"; see `Texts`.
+
+  Args:
+    name: of these texts.
+    length: L of texts of fixed length.
+    stream: or the stream with a slot that stands for the text.
+  """
+  path = f"documents/{name}"
+  own = {f"{path}/tokens": Field("documents", shape=(length,))} if length else {
+    f"{path}/slots": Field("documents", shift=stream, pad=-1),
+    f"{path}/images": Field("documents", shift="images", pad=-1),
+  }
+  return own | {
+    f"{path}/segment_ids": Field("documents", shift="documents", base=1),
+    f"{path}/source_ids": Field("documents"),
+    f"{path}/digests": Field("documents", shape=(2,)),
   }
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import IGNORE, mask_axes, owners_of
+from vlm_jax.core.layout import IGNORE, heard, mask_axes, owners_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -93,9 +93,16 @@ def _documents(batch: Flat) -> list[tuple[int, int]]:
 
 
 def _slots(batch: Flat, row: int, number: int) -> dict[str, np.ndarray]:
-  """Path of a stream, or of texts of fixed length, to the slots of a document."""
+  """Path of a stream, or of texts that are compared, to the slots of a document."""
   return {path: np.flatnonzero(batch[f"{path}/segment_ids"][row] == number)
           for path in owners_of(batch)}
+
+
+def read_streams(config: ConfigDict) -> list[str]:
+  """Paths of what has words of its own: streams that are heard, or else texts of fixed length."""
+  module = find_fusion(config)
+  fields = module.fields(config)
+  return owners_of(heard(fields, module.STREAM) if module.STREAM else fields)
 
 
 def histogram(values: list[int], bins: int = 8) -> list[str]:
@@ -116,11 +123,10 @@ def show(config: ConfigDict, batch: Flat, examples: int) -> list[str]:
 
   Several streams are written one after the other, with " | " between them.
   """
-  tokenizer = pipeline.load_tokenizer(config)
-  lines = []
+  tokenizer, paths, lines = pipeline.load_tokenizer(config), read_streams(config), []
   for row, number in _documents(batch)[:examples]:
-    parts = [written(batch, path, row, slots, tokenizer)
-             for path, slots in _slots(batch, row, number).items()]
+    slots = _slots(batch, row, number)
+    parts = [written(batch, path, row, slots[path], tokenizer) for path in paths]
     lines += [f"row {row}, document {number}:", "  " + " | ".join(parts)]
   return lines
 

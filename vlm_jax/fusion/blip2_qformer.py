@@ -97,14 +97,18 @@ class Bridged(Embeddings):
   head: Array | None = None
 
 
-def losses(output: Bridged, batch: Batch, config: ConfigDict) -> dict[str, Array]:
-  """itc, itm and itg (those of config.fusion.objectives), sums f32[sources]."""
+def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Array]:
+  """itc, itm and itg (those of config.fusion.objectives), sums f32[sources]; itc alone of plain
+  embeddings.
+  """
   source_ids, wanted = batch.documents[TEXT].source_ids, config.fusion.objectives
   sources = len(config.data.sources)
   found = {}
   if "itc" in wanted:
     values = contrastive.softmax_losses(pairs(output, batch), output.scale, SMOOTHING)
     found["itc"] = source_sums(values.reshape(source_ids.shape), source_ids, sources)
+  if not isinstance(output, Bridged):
+    return found
   if "itm" in wanted:
     told = jax.nn.log_softmax(output.matches)
     values = -jnp.where(jnp.arange(PAIRS) == 0, told[..., 1], told[..., 0])

@@ -113,7 +113,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     f"documents/{TEXT}/tokens": tokens[None],
     f"documents/{TEXT}/segment_ids": one(len(texts)),
     f"documents/{TEXT}/source_ids": one(source_id(encoded, config)),
-    f"documents/{TEXT}/digests": _digest(tokens)[None],
+    f"documents/{TEXT}/digests": digest(tokens)[None],
     "media/images/values": pixels[None],
     "media/images/segment_ids": one(len(images)),
   }
@@ -123,9 +123,10 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   return Layout(arrays, {"images": 1, "documents": 1}, encoded.source, encoded.key)
 
 
-def _digest(tokens: np.ndarray) -> np.ndarray:
-  digest = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
-  return np.frombuffer(digest, "<i4").astype(np.int32)
+def digest(tokens: np.ndarray) -> np.ndarray:
+  """i32[2], by which equal texts are known."""
+  found = hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
+  return np.frombuffer(found, "<i4").astype(np.int32)
 
 
 def there(batch: Batch) -> Array:

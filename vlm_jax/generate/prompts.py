@@ -13,7 +13,7 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout, streams_of
+from vlm_jax.core.layout import Layout, heard, streams_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def by_length(documents: Sequence[Layout], size: int) -> list[list[int]]:
 def stack(
   documents: Sequence[Layout], config: ConfigDict, *, rows: int, bucket: int, turns: int = 1
 ) -> Prompts:
-  """Puts each document into its own row.
+  """Puts each document into its own row, without what the stream that speaks does not hear.
 
   Args:
     documents: layouts of prompts.
@@ -90,7 +90,7 @@ def stack(
   if len(documents) > rows:
     raise UsageError(f"{len(documents)} prompts do not fit into {rows} rows")
   module = find_fusion(config)
-  fields = module.fields(config)
+  fields = heard(module.fields(config), module.STREAM)
   axes = {
     axis: max(document.sizes.get(axis, 0) for document in documents)
     for axis in {field.axis for field in fields.values()}
@@ -103,7 +103,8 @@ def stack(
   table = np.full((rows, wide), -1, np.int32)
   for row, (document, end) in enumerate(zip(documents, ends, strict=True)):
     table[row, : len(end)] = end
-    for path, values in document.arrays.items():
+    for path in fields:
+      values = document.arrays[path]
       flat[path][row, : len(values)] = values
   # Rows without any media run without the tower.
   flat = {path: values for path, values in flat.items() if values.shape[1]}

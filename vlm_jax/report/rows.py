@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.core.batch import from_flat
-from vlm_jax.core.layout import IGNORE, streams_of
+from vlm_jax.core.layout import IGNORE
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.data import inspect, pipeline
 from vlm_jax.data.tokenizer import Tokenizer
@@ -30,7 +30,8 @@ def section(run: Run) -> Html:
   """
   batch, _ = inspect.batch_at(run.config, 1)
   tokenizer = pipeline.load_tokenizer(run.config)
-  names = streams_of(batch)
+  read = [path.split("/") for path in inspect.read_streams(run.config)]
+  names = [name for kind, name in read if kind == "streams"]
   parts = [tag("p", tag("b", f"Stream {name}")) + one_stream(run, batch, name, tokenizer)
            if len(names) > 1 else one_stream(run, batch, name, tokenizer) for name in names]
   return Html("".join(parts))

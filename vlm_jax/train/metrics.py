@@ -5,6 +5,7 @@ batch): a run that was killed and resumed has the same bytes in it as one that w
 `timing.jsonl` holds the rest: speed, waiting, occupancy. Rows are in step order.
 """
 
+import functools
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError
-from vlm_jax.core.fusion import find_tower
+from vlm_jax.core.fusion import find_llm, find_tower
 from vlm_jax.train import trackers
 from vlm_jax.train.state import Leaf
 from vlm_jax.train.step import Numbers
@@ -142,13 +143,15 @@ class Work:
         for stream in _streams_of(path, streams):
           self._cost[f"tokens/{stream}"] += size
         for name in self.slots:
-          if name.startswith("texts/") and top == "llm":  # on every token, padding included
-            self._cost[name] += size * shapes[f"documents/{name[6:]}/tokens"].shape[-1]
+          tokens = shapes.get(f"documents/{name[6:]}/tokens")
+          if name.startswith("texts/") and top == "llm" and tokens:  # on all, padding included
+            self._cost[name] += size * tokens.shape[-1]
     self._predict = 6 * config.llm.width * config.llm.vocab_size
     head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
     self._pair = 3 * 4 * head_dim * config.llm.heads
-    self._depth = config.llm.depth
-    self._encoder_depth = config.llm.encoder_depth or config.llm.depth
+    encoder = lambda llm, mask: (llm.encoder_depth if mask == "encoder" else 0) or llm.depth
+    layers = getattr(find_llm(config), "layers_of", encoder)
+    self._layers = functools.partial(layers, config.llm)
 
   def fills(self, used: dict[str, int]) -> dict[str, float]:
     """Share of slots in use, and the share of the dense FLOPs that empty slots cost."""
@@ -170,8 +173,7 @@ class Work:
 
     Local layers count as global ones: in rows longer than their window this is an upper bound.
     """
-    layers = lambda mask: self._encoder_depth if mask == "encoder" else self._depth
-    return self._pair * sum(count * layers(mask) for mask, count in pairs.items())
+    return self._pair * sum(count * self._layers(mask) for mask, count in pairs.items())
 
 
 def _streams_of(path: str, streams: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from vlm_jax.core import mesh as mesh_lib
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Fusion
+from vlm_jax.core.fusion import Fusion, embeddings_of
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.nn.linear import DROPOUT
 from vlm_jax.train import accumulate
@@ -64,11 +64,7 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   """
   model = module.Model(config)
   parts = config.train.accumulation
-  undivided = sorted(set(config.fusion.objectives) & set(getattr(module, "UNDIVIDED", ())))
-  if parts > 1 and undivided:
-    raise UsageError(f"config.train.accumulation is {parts}, but config.fusion.objectives."
-                     f"{undivided[0]} of '{config.fusion.name}' compares documents of the whole "
-                     "batch inside the model; set it to 1, or leave the objective out")
+  _check_parts(config, module)
 
   def run(moved: Params, params: Params, batch: Batch, rng: Array):
     return model.apply({"params": merge(params, moved)}, batch, rng=rng,
@@ -77,10 +73,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
   def total(output, batch: Batch, scale: dict):
     with jax.named_scope("loss"):
       sums = module.losses(output, batch, config)
-    return sum(jnp.sum(scale[name] * sums[name]) for name in scale), {n: sums[n] for n in scale}
-
-  def forward(moved: Params, params: Params, batch: Batch, scale: dict, rng: Array):
-    return total(run(moved, params, batch, rng), batch, scale)
+    found = {name: sums[name] for name in scale}
+    return sum((jnp.sum(scale[name] * found[name]) for name in scale), jnp.float32(0)), found
 
   def step(state: State, flat: dict[str, Array]) -> tuple[State, Numbers]:
     batch = from_flat(flat)
@@ -88,7 +82,8 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
     scale = _scales(config, weights)
     moved = optimizer.select(state.params)
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    value_and_grad = jax.value_and_grad(forward, has_aux=True)
+    value_and_grad = jax.value_and_grad(lambda moved, params, batch, scale, rng: total(
+      run(moved, params, batch, rng), batch, scale), has_aux=True)
 
     def add(carry, micro):
       index, rows = micro
@@ -101,12 +96,19 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
     else:
       zeros = jax.tree.map(jnp.zeros_like, (scale, moved))
       micros = jnp.arange(parts), {path: _split(array, parts, mesh) for path, array in flat.items()}
-      if scale.keys() & getattr(module, "GLOBAL", ()):
-        sums, grads = accumulate.cached(
-          lambda moved, micro: run(moved, state.params, from_flat(micro[1]),
-                                   jax.random.fold_in(rng, micro[0])),
-          lambda output: total(output, batch, scale), moved, micros, parts,
-          lambda array: _join(array, mesh), lambda array: _split(array, parts, mesh))
+      if compared := {name: scale[name] for name in scale if name in getattr(
+          module, "GLOBAL", ())}:
+        alone = {name: scale[name] for name in scale if name not in compared}
+
+        def micro_forward(moved, micro):
+          rows = from_flat(micro[1])
+          output = run(moved, state.params, rows, jax.random.fold_in(rng, micro[0]))
+          return embeddings_of(output), *total(output, rows, alone)
+
+        (found, added), grads = accumulate.cached(
+          micro_forward, lambda embeddings: total(embeddings, batch, compared), moved, micros,
+          parts, lambda array: _join(array, mesh), lambda array: _split(array, parts, mesh))
+        sums = found | added
       else:
         (sums, grads), _ = jax.lax.scan(add, zeros, micros)
 
@@ -127,6 +129,16 @@ def make_step(config: ConfigDict, module: Fusion, optimizer: Optimizer, mesh: Me
 
   out = (jax.tree.map(lambda leaf: leaf.sharding, abstract), NamedSharding(mesh, PartitionSpec()))
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _check_parts(config: ConfigDict, module: Fusion) -> None:
+  """Raises UsageError for an objective that cannot be accumulated and is to be."""
+  parts = config.train.accumulation
+  undivided = sorted(set(config.fusion.objectives) & set(getattr(module, "UNDIVIDED", ())))
+  if parts > 1 and undivided:
+    raise UsageError(f"config.train.accumulation is {parts}, but config.fusion.objectives."
+                     f"{undivided[0]} of '{config.fusion.name}' compares documents of the whole "
+                     "batch inside the model; set it to 1, or leave the objective out")
 
 
 def place(flat: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -13,7 +13,7 @@ and one of the two, or both:
            when questions are not simply asked and their answers scored, see `asking.run`
 
     ASKS   whom it can ask: "speakers", strategies that predict words (left out: these alone), and
-           "embedders", strategies that only compare pictures with texts (their STREAM is "")
+           "embedders", strategies that compare pictures with texts; some strategies are both
 """
 
 from typing import Any, Protocol, cast
@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import find, find_fusion
+from vlm_jax.core.fusion import embeds, find, find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.evals import asking
 
@@ -46,8 +46,10 @@ def measure(kind: Any, config: ConfigDict, params: Params, entry: ConfigDict, sp
   Raises:
     UsageError: the kind cannot ask this strategy; and as its `run` or `score`.
   """
-  asked = "speakers" if find_fusion(config).STREAM else "embedders"
-  if asked not in (asks := getattr(kind, "ASKS", ("speakers",))):
+  module = find_fusion(config)
+  can = ["speakers"] * bool(module.STREAM) + ["embedders"] * embeds(module)
+  if not set(can) & set(asks := getattr(kind, "ASKS", ("speakers",))):
+    asked = can[0]
     name = kind.__name__.rpartition(".")[2]
     raise UsageError(f"config.evals: kind '{name}' asks {asks[0]}, but config.fusion.name "
                      f"'{config.fusion.name}' is one of the {asked}; use kind "

@@ -1,6 +1,6 @@
 """Retrieval: every caption of a split is scored with every picture of it.
 
-Strategies that embed pictures and texts (CLIP, SigLIP) rank by the cosine, both ways.
+Strategies that embed pictures and texts (CLIP, SigLIP, CoCa) rank by the cosine, both ways.
 
 Others are asked for a likelihood. Log p(text | picture) ranks pictures for a text as it is. Texts
 of one picture are ranked by how much it raises their probability above the mean over all pictures,
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.core import fusion
 from vlm_jax.core.document import Document, Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
 from vlm_jax.evals import embed
@@ -80,7 +80,7 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     raise UsageError("config.evals: retrieval ranks pictures, so images and controls cannot be "
                      "'none'; set controls=('shuffled',)")
 
-  embeds = not find_fusion(config).STREAM
+  embeds = fusion.embeds(fusion.find_fusion(config))
 
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
     opened = Split(config, entry, split, images)
