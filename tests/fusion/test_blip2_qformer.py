@@ -63,7 +63,8 @@ def test_losses_are_torchs():
           stage1.losses(out, batch, config).items()}
   weights = {name: float(values.sum()) for name, values in stage1.weights(batch, config).items()}
   smooth = lambda logits, labels: torch.nn.functional.cross_entropy(
-    torch.tensor(np.array(logits)), torch.tensor(labels), reduction="sum", label_smoothing=0.1)
+    torch.tensor(np.array(logits)), torch.tensor(labels).long(), reduction="sum",
+    label_smoothing=0.1)
   # Two texts are equal: itc leaves out what is neither pair nor stranger, torch cannot; so by rows.
   image, text = np.asarray(out.image)[at], np.asarray(out.text)[at]
   logits = float(out.scale) * np.einsum("nke,me->nkm", image, text).max(1)
@@ -95,7 +96,8 @@ def test_what_says_a_text_is_berts_head():
   get = lambda weight: jnp.asarray(weight.detach().numpy())
   dense, norm = head.transform.dense, head.transform.LayerNorm
   params = {"linear": {"kernel": get(dense.weight).T, "bias": get(dense.bias)},
-            "norm": {"scale": get(norm.weight), "bias": get(norm.bias)}, "bias": get(head.bias)}
+            "norm": {"scale": get(norm.weight), "bias": get(norm.bias)},
+            "bias": get(head.decoder.bias)}
   x = np.random.default_rng(0).normal(size=(2, 3, config.slot_width)).astype(np.float32)
   hidden, ours = stage1.Caption(config, Precision()).apply(
     {"params": params}, x, get(head.decoder.weight))

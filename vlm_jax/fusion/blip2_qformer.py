@@ -233,7 +233,7 @@ class Model(nn.Module):
       queries = x = self.connector.ask(len(features))
     if TEXT in batch.documents:
       tokens = batch.documents[TEXT].tokens
-      words = tokens.reshape(-1, tokens.shape[-1])
+      words = jnp.asarray(tokens).reshape(-1, tokens.shape[-1])
       x, text = self._read(queries if both else None, words, features, both and "itg" in wanted)
       outer = tokens.shape[:2]
       text = unit(self.text_projection(text)).reshape(*outer, -1)
@@ -255,8 +255,8 @@ class Model(nn.Module):
   def matching(self, batch: Batch) -> Array:
     """f32[B,M,2], the logits of not belonging together and of doing so of every pair as it is."""
     tokens = batch.documents[TEXT].tokens
-    return self._match(self._features(batch), tokens.reshape(-1, tokens.shape[-1])).reshape(
-      *tokens.shape[:2], 2)
+    words = jnp.asarray(tokens).reshape(-1, tokens.shape[-1])
+    return self._match(self._features(batch), words).reshape(*tokens.shape[:2], 2)
 
   def _features(self, batch: Batch) -> Array | None:
     """The features f[N,P,D] of the pictures, if there are any."""
