@@ -280,7 +280,7 @@ def test_what_theirs_cannot_say_is_refused():
   config = reference_of(1).config
   for field, value in (("bridge.first", 1), ("bridge.norm", "layer"), ("fusion.say_new", False),
                        ("fusion.image_attention", "all"), ("tower.post_norm", True),
-                       ("connector.activation", "gelu"), ("llm.tie_embeddings", True)):
+                       ("connector.activation", "gelu")):
     other = config.copy_and_resolve_references()
     node, name = field.split(".")
     other[node][name] = value
