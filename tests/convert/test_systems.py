@@ -211,6 +211,6 @@ def test_what_has_no_converter_is_named(data, tmp_path, capsys):
   assert not (tmp_path / "run").exists()
   config = base.get_config()
   config.fusion.name = "simvlm"
-  known = "clip, concat, flamingo, llava_next, prefix"
+  known = "blip2, .*clip, coca, concat, flamingo, llava_next, prefix"
   with pytest.raises(UsageError, match=f"fusion.name is 'simvlm'.*{known}"):
     systems.converter(config)
