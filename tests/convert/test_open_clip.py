@@ -8,21 +8,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import open_clip as theirs
 import pytest
 import torch
 from ml_collections import FrozenConfigDict
 from safetensors.torch import save_file
 
-from tests import torchvision_cpu
 from vlm_jax.configs import base
 from vlm_jax.convert import open_clip, sources, systems, table
 from vlm_jax.core import fusion
 from vlm_jax.core.batch import Batch, Media, Texts
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
-
-torchvision_cpu.install()
-import open_clip as theirs  # noqa: E402
 
 TOLERANCE, CLOSE, LOUD = 2e-4, 2e-5, 100
 FAST = {"xla_backend_optimization_level": 0}
