@@ -62,6 +62,38 @@ def test_fields_that_decide_the_model_are_never_guessed(run, field, capsys):
   assert f"config.{field}" in capsys.readouterr().err
 
 
+LATER = ("bridge", "connector.width", "connector.latents", "connector.depth", "fusion.new_tokens",
+         "fusion.pooling", "llm.cross", "tower.read_class")
+
+
+def test_what_models_of_before_the_bridge_could_not_have_is_filled(run, capsys):
+  whole = runs.frozen(run)
+  older(run, *LATER)
+  found = runs.frozen(run)
+  assert found.to_dict() == whole.to_dict() | {"outside": found.outside}
+  said = capsys.readouterr().err
+  assert all(field in said for field in LATER)
+  older(run, "connector.factor")  # that one there was
+  with pytest.raises(UsageError, match="config.json has no config.connector.factor"):
+    runs.frozen(run)
+
+
+@pytest.mark.parametrize("field", ["connector.latents", "fusion.new_tokens"])
+def test_with_a_bridge_they_are_not_guessed_either(run, field):
+  older(run, field)
+  with pytest.raises(UsageError, match=f"config.json has no config.{field}, which decides"):
+    runs.frozen(run)
+
+
+def test_a_flamingo_has_a_bridge(tmp_path):
+  config = tiny_fusion.get_config()
+  config.fusion.name = "flamingo"
+  Workdir(tmp_path, config).close()
+  older(tmp_path, "bridge")
+  with pytest.raises(UsageError, match="config.json has no config.bridge, which decides"):
+    runs.frozen(tmp_path)
+
+
 def test_the_report_of_an_older_run_is_written(run):
   older(run, "data.decode", "optim.groups")
   assert cli.main(["report", f"--workdir={run}", "--allow-outside"]) == 0

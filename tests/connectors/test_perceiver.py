@@ -30,7 +30,8 @@ from vlm_jax.core.tree import flatten
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-TOLERANCE = 2e-4  # measured: at most 3e-6
+TOLERANCE = 2e-4
+OUTPUTS = 1e-5  # measured: at most 6e-7, of gradients 2e-6
 SILENT = "k_layer_norm.bias"
 WIDTH, LATENTS, DEPTH, HEADS, C, FEATURES = 18, 5, 2, 4, 6, 7
 
@@ -143,7 +144,7 @@ def test_outputs_and_gradients(kind):
   errors = {key: value for key, value in errors.items() if not key.endswith(SILENT)}
   errors["features"] = error(features[:, 0], input_grad)
   print(f"{kind}: outputs {worst:.1e}, gradients {max(errors.values()):.1e}")
-  assert worst < TOLERANCE and max(errors.values()) < TOLERANCE, max(errors, key=errors.get)
+  assert worst < OUTPUTS and max(errors.values()) < TOLERANCE, max(errors, key=errors.get)
 
 
 @pytest.mark.parametrize("kind, wrong", [
@@ -155,8 +156,10 @@ def test_twins(kind, wrong):
   x, out, *_, params, _, _, _ = case(kind)
   got = run_ours(KINDS[kind][1] | wrong)[1](params, x)
   found = error(np.asarray(got)[:, 0], out)
-  # The two kinds of exact and approximate gelu differ by less than any other mistake.
-  assert found > (1e-4 if wrong.get("activation") == "gelu_tanh" else 100 * TOLERANCE), found
+  # The exact and the approximate gelu differ by less than any other mistake.
+  least = 10 * OUTPUTS if wrong.get("activation") == "gelu_tanh" else 100 * TOLERANCE
+  print(f"{kind}, {wrong}: {found:.1e}")
+  assert found > least
 
 
 def test_features_alone_are_not_enough():

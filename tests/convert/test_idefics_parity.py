@@ -32,6 +32,8 @@ from vlm_jax.data.pack import Packer
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TOLERANCE = 2e-4  # of gradients; measured: at most 4e-5
 LOGITS = 2e-5  # measured: at most 3e-6
 FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is

@@ -1,11 +1,18 @@
 """Every field of a config, with its default. A recipe changes what it needs and adds nothing."""
 
+import re
+
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
 
 MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
+# Models of before there was `bridge` had none of these; their defaults are what such models did.
+WITH_BRIDGE = re.compile(
+  "bridge|connector.(width|latents|depth|heads|norm_eps|kv_heads|head_dim|norm|feed_forward|qk_norm"
+  "|slot_width|cross_every|vocab_size|positions)|fusion.(start|new_tokens|say_new|next_image"
+  "|predict_unseen|pooling|compat)|llm.(cross|relative_buckets|relative_distance)|tower.read_class")
 
 
 def source(**overrides) -> ConfigDict:
@@ -367,6 +374,7 @@ def fill(config: ConfigDict, path: str) -> list[str]:
     UsageError: one of them decides the model; the sentence names `path`, where it belongs.
   """
   models, filled = entries(), []
+  before = "bridge" not in config and config.get("fusion", {}).get("name") != "flamingo"
 
   def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
     if prefix in models:
@@ -381,7 +389,8 @@ def fill(config: ConfigDict, path: str) -> list[str]:
         if isinstance(default, ConfigDict):
           visit(node[name], default, field)
         continue
-      if field.split(".")[0] in MODEL and name not in COMPUTED:
+      known = name in COMPUTED or before and WITH_BRIDGE.fullmatch(field)
+      if field.split(".")[0] in MODEL and not known:
         raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
                          f"there as it was in the version that trained it (now: {default!r})")
       node[name] = default
