@@ -245,6 +245,13 @@ def test_the_scale_stays_at_a_hundred_and_comes_down():
   assert gradient(1.0, -1.0) == pytest.approx(-np.e, rel=1e-5)
 
 
+def test_a_vector_of_zeros_stays_one_with_gradient_zero():
+  x = jnp.asarray([[0.0, 0.0], [3.0, 4.0]])
+  np.testing.assert_allclose(clip.unit(x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+  grads = jax.grad(lambda x: jnp.sum(clip.unit(x)[1]))(x)
+  np.testing.assert_allclose(grads, [[0, 0], [0.032, -0.024]], rtol=1e-5)
+
+
 def test_towers_that_do_not_fit():
   for change, sentence in (
     ({"tower": {"pool": "none"}}, "config.tower.pool is 'none'"),

@@ -243,7 +243,7 @@ def pool_text(batch: Batch, config: ConfigDict) -> Array | None:
 def unit(x: Array) -> Array:
   """f[..., E] to f32[..., E] of length 1."""
   x = x.astype(jnp.float32)
-  tiny = jnp.finfo(jnp.float32).tiny  # a vector of zeros stays one, with gradient 0
+  tiny = 1e-24  # a vector of zeros stays one, with gradient 0: of less, tiny^(-3/2) is infinite
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), tiny))
 
 
