@@ -34,8 +34,8 @@ from vlm_jax.generate.prompts import layouts, stack
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-TOLERANCE = 2e-4  # of gradients; measured: at most 4e-5
-LOGITS = 2e-5  # measured: at most 3e-6
+TOLERANCE = 2e-4  # of gradients; measured: at most 7e-6
+LOGITS = 2e-5  # measured: at most 1e-6
 FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB, NEW, SIDE, MAX_NEW = 58, 3, 8, 6
 IMAGE = VOCAB + NEW - 1  # the last of the new tokens
