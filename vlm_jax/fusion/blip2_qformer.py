@@ -115,7 +115,8 @@ def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Ar
     found["itm"] = source_sums((values * _told(batch)).sum(-1), source_ids, sources)
   if "itg" in wanted:
     tokens, weight = _said(batch)
-    values = token_losses(output.hidden, output.head, tokens, weight > 0, smoothing=SMOOTHING)
+    hidden, head = output.hidden, output.head  # BERT's, whose logits have no soft cap
+    values = token_losses(hidden, head, tokens, weight > 0, smoothing=SMOOTHING)
     found["itg"] = source_sums(values.cross_entropy, _each(source_ids, batch), sources)
   return found
 

@@ -276,8 +276,9 @@ class Model(nn.Module):
     x = jnp.where((number < 0)[..., None], x, new.astype(x.dtype))
     output = llm(x, text.positions, mask, cache, self._visitors(batch, cache, dtypes))
     if config.fusion.say_new:
-      own = Head(*sizes, name="new_head")().astype(output.head.dtype)
-      output = dataclasses.replace(output, head=jnp.concatenate([output.head, own], axis=1))
+      head, own = output.head, Head(*sizes, name="new_head")()
+      head = jnp.concatenate([head, own.astype(head.dtype)], axis=1)
+      output = dataclasses.replace(output, head=head)
     return output
 
   def _visitors(self, batch: Batch, cache: Cache | None, dtypes: Precision) -> stack.Visitors:

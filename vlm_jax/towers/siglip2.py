@@ -42,7 +42,8 @@ def read_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
     "activation": hf.activation(theirs, "hidden_act", "gelu_pytorch_tanh"),
     "class_token": False, "pre_norm": False, "patch_bias": True, "post_norm": True,
     "pool": "map" if theirs.get("vision_use_head", True) else "none",
-    "feature_layer": -1, "position_size": 0, "position_resize": "bilinear_antialias",
+    "read_class": False, "feature_layer": -1, "position_size": 0,
+    "position_resize": "bilinear_antialias",
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
   }
 
