@@ -169,7 +169,7 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     "masks/reads/lo": many(len(behind["fill"]), 0),
     "masks/reads/hi": many(len(behind["fill"]), length),
     f"documents/{TEXT}/slots": token if len(token) else many(1, -1),
-    f"documents/{TEXT}/images": many(1, 0 if pair else -1),
+    f"documents/{TEXT}/images": many(1, 0 if images == 1 else -1),
     f"documents/{TEXT}/segment_ids": many(1, pair),
     f"documents/{TEXT}/source_ids": many(1, source),
     f"documents/{TEXT}/digests": digest(ids)[None],
