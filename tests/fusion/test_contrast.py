@@ -173,7 +173,10 @@ def test_accumulation_is_one_big_batch(name):  # 7
   module = find_fusion(config)
   big, numbers = first_step(config, module, 1)
   small, split = first_step(config, module, 2)
-  assert t.error(small, big) < 2e-5
+  # A second pooler hardly moves at first: of a gradient that small, rounding is a large share.
+  least = 0.01 * max(np.abs(leaf).max() for leaf in big.values())
+  for path, leaf in big.items():
+    assert np.abs(small[path] - leaf).max() < 2e-5 * max(np.abs(leaf).max(), least), path
   np.testing.assert_allclose(split.total, numbers.total, rtol=1e-6)
   for objective, losses in numbers.losses.items():
     np.testing.assert_allclose(split.losses[objective], losses, rtol=1e-6)
