@@ -211,7 +211,7 @@ def test_damage_is_named(made, tmp_path):
     ({"llm/layers/attn/kv_einsum/w": arrays["llm/layers/attn/kv_einsum/w"][:, :1]},
      "kv_einsum/w is .* not 2 equal parts"),
     ({"llm/embedder/input_embedding": arrays["llm/embedder/input_embedding"][:-1]},
-     "embedder/input_embedding is")):
+     "embedder/input_embedding has .* rows, expected")):
     changed = {key: value for key, value in {**arrays, **change}.items() if value is not None}
     np.savez(tmp_path / "b.npz", **changed)
     with pytest.raises(DataError, match=sentence):
