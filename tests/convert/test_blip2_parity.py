@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 
+from tests.convert.packed import error
 from vlm_jax.configs import base
 from vlm_jax.convert import systems, table
 from vlm_jax.core.batch import from_flat
@@ -161,10 +162,6 @@ class Reference:
     """max|a - b| / max|b| over the documents."""
     return max(error(np.asarray(logits)[row, start : start + len(theirs)], theirs)
                for (row, start), theirs in zip(self.batch()[1], self.logits, strict=True))
-
-
-def error(ours, theirs) -> float:
-  return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
 
 @functools.cache

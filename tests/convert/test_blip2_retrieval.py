@@ -16,6 +16,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from tests.convert import test_blip2_parity as second
+from tests.convert.packed import error
 from vlm_jax.convert import systems, table
 from vlm_jax.core.batch import Batch, Media, Texts
 from vlm_jax.core.fusion import find_fusion
@@ -101,10 +102,6 @@ def only(config):
 @pytest.fixture(scope="module")
 def reference():
   return Reference(Path(tempfile.mkdtemp()) / "model")
-
-
-def error(ours, theirs) -> float:
-  return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
 def test_similarities_matches_and_gradients(reference):

@@ -22,13 +22,12 @@ import torch
 import transformers
 from ml_collections import FrozenConfigDict
 
+from tests.convert.packed import Packed, error
 from vlm_jax.configs import base
 from vlm_jax.convert import idefics, systems, table
-from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.data.pack import Packer
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
 
@@ -105,7 +104,7 @@ def recipe():
   return config
 
 
-class Reference:
+class Reference(Packed):
   """Theirs, run once: config and parameters as read from their files, logits, gradients, loss."""
 
   def __init__(self, seed: int, directory):
@@ -134,32 +133,6 @@ class Reference:
                    for row, mask in enumerate(inputs["attention_mask"])]
     self.grads = {name: weight.grad.numpy() for name, weight in self.model.named_parameters()
                   if weight.grad is not None}
-
-  def batch(self, config=None):
-    """The packed rows, and (row, start, size) of every document."""
-    config = config or self.config
-    module = find_fusion(config)
-    packer = Packer(module.fields(config), module.axes(config), config.data.rows)
-    assert packer.add(layouts(self.documents, config))
-    packed, where = packer.build(), {}
-    for row, content in enumerate(packed.rows):
-      start = 0
-      for layout in content:
-        where[layout.key] = row, start, layout.sizes["text"]
-        start += layout.sizes["text"]
-    assert max(map(len, packed.rows)) > 1
-    batch = from_flat(jax.tree.map(jnp.asarray, packed.arrays))
-    return batch, [where[key] for key in sorted(where)]
-
-  def error(self, logits, where) -> float:
-    """max|a - b| / max|b| over the documents."""
-    return max(error(np.asarray(logits)[row, start : start + size], theirs)
-               for (row, start, size), theirs in zip(where, self.logits, strict=True))
-
-
-def error(ours, theirs) -> float:
-  """max|a - b| / max|b| of one tensor."""
-  return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
 
 @functools.cache

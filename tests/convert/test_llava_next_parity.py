@@ -18,14 +18,13 @@ import pytest
 import torch
 import transformers
 
+from tests.convert.packed import Packed, error
 from vlm_jax.configs import base
 from vlm_jax.convert import llava, safetensors_io, systems, table
-from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import images
-from vlm_jax.data.pack import Packer
 from vlm_jax.fusion import llava_next
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
@@ -103,7 +102,7 @@ def recipe():
   return config
 
 
-class Reference:
+class Reference(Packed):
   """Theirs, run once: config and parameters as read from their files, logits, gradients, loss."""
 
   def __init__(self, directory):
@@ -123,31 +122,6 @@ class Reference:
     self.loss = float(sum(losses).detach())
     self.grads = {name: weight.grad.numpy() for name, weight in self.model.named_parameters()
                   if weight.grad is not None}
-
-  def batch(self):
-    """The packed rows, and (row, start, size) of every document."""
-    module = find_fusion(self.config)
-    packer = Packer(module.fields(self.config), module.axes(self.config), 2)
-    assert packer.add(layouts(self.documents, self.config))
-    packed, where = packer.build(), {}
-    for row, content in enumerate(packed.rows):
-      start = 0
-      for layout in content:
-        where[layout.key] = row, start, layout.sizes["text"]
-        start += layout.sizes["text"]
-    assert max(map(len, packed.rows)) > 1
-    batch = from_flat(jax.tree.map(jnp.asarray, packed.arrays))
-    return batch, [where[key] for key in sorted(where)]
-
-  def error(self, logits, where) -> float:
-    """max|a - b| / max|b| over the documents."""
-    return max(error(np.asarray(logits)[row, start : start + size], theirs)
-               for (row, start, size), theirs in zip(where, self.logits, strict=True))
-
-
-def error(ours, theirs) -> float:
-  """max|a - b| / max|b| of one tensor."""
-  return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from vlm_jax.core.batch import Batch
 from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.layout import Field, Layout
+from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.typing import Array
 
 
@@ -271,16 +273,26 @@ def find_connector(config: ConfigDict) -> Connector:
   return cast(Connector, find("connectors", config.connector.name, outside=config.outside))
 
 
-def find_llm(config: ConfigDict, kind: str = "") -> LanguageModel:
+def find_llm(config: ConfigDict, kind: str = "", masks: Mapping[str, IntervalMask] | None = None
+             ) -> LanguageModel:
   """The language model of `config.llm.name`, typed.
 
+  Args:
+    config: every field.
+    kind: what it must be, "": anything.
+    masks: what it is to execute, by name.
+
   Raises:
-    UsageError: `kind` is given and the model is of another kind.
+    UsageError: the model is of another kind, or cannot execute a mask.
   """
   module = cast(LanguageModel, find("llm", config.llm.name, outside=config.outside))
   if kind and module.KIND != kind:
     raise UsageError(f"config.llm.name '{config.llm.name}' is of kind '{module.KIND}'; "
                      f"config.fusion.name '{config.fusion.name}' needs a '{kind}'")
+  for name, mask in (masks or {}).items():
+    if reason := module.supports(mask):
+      raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
+                       f"'{config.fusion.name}': mask {name}: {reason}")
   return module
 
 

@@ -40,7 +40,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.connectors import qformer
 from vlm_jax.core.batch import Batch
@@ -52,6 +52,7 @@ from vlm_jax.core.typing import Array
 from vlm_jax.fusion.clip import TEXT, axes, fields, layout, order, pairs, rows, there, unit
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import activation
+from vlm_jax.nn.model import Configured
 from vlm_jax.nn.norms import LayerNorm
 from vlm_jax.ops import contrastive
 from vlm_jax.ops.losses import source_sums, token_losses
@@ -183,18 +184,8 @@ def mask_of_match(lengths: Array, queries: int, length: int) -> IntervalMask:
   return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
 
 
-class Model(nn.Module):
-  """Tower, Q-Former and the heads of its three objectives.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Tower, Q-Former and the heads of its three objectives."""
 
   def setup(self):
     config, dtypes = self.config, precision(self.config)

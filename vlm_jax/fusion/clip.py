@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core.batch import Batch
 from vlm_jax.core.document import Encoded, Pixels, Tokens
@@ -37,6 +37,7 @@ from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
 from vlm_jax.fusion.concat import refuse_tiles, source_id
 from vlm_jax.nn.linear import Linear, parameter
+from vlm_jax.nn.model import Configured
 from vlm_jax.ops.contrastive import Pairs, softmax_losses
 from vlm_jax.ops.losses import source_sums
 
@@ -158,18 +159,8 @@ def weights(batch: Batch, config: ConfigDict) -> dict[str, Array]:
   return contrast(there(batch).astype(jnp.float32).reshape(-1), batch, config)
 
 
-class Model(nn.Module):
-  """Both towers and their projections.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Both towers and their projections."""
 
   @nn.compact
   def __call__(

@@ -43,7 +43,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch
@@ -76,6 +76,7 @@ from vlm_jax.fusion import concat
 from vlm_jax.fusion.clip import CEILING, GLOBAL, TEXT, at_most, contrast, digest, unit
 from vlm_jax.fusion.concat import STREAM
 from vlm_jax.nn.linear import Linear, parameter
+from vlm_jax.nn.model import Configured
 from vlm_jax.nn.norms import LayerNorm
 from vlm_jax.nn.pool import AttentionPool
 from vlm_jax.ops.contrastive import Pairs, softmax_losses
@@ -235,18 +236,8 @@ def weights(batch: Batch, config: ConfigDict) -> dict[str, Array]:
           | concat.lm_weights(batch.streams[STREAM], config))
 
 
-class Model(nn.Module):
-  """Tower, poolers, and a language model of two halves.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Tower, poolers, and a language model of two halves."""
 
   @nn.compact
   def __call__(

@@ -31,7 +31,7 @@ the trunk and itself (a, b the tokens of two branches):
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch, Stream
@@ -42,6 +42,7 @@ from vlm_jax.core.layout import Field, Layout, Slots, image_fields, stream_field
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
+from vlm_jax.nn.model import Configured
 from vlm_jax.ops import losses as loss_ops
 from vlm_jax.ops.gather import take_rows
 
@@ -211,18 +212,8 @@ def lm_weights(stream: Stream, config: ConfigDict) -> dict[str, Array]:
   return {"lm": loss_ops.source_sums(stream.loss_weights["lm"], stream.source_ids, count)}
 
 
-class Model(nn.Module):
-  """Vision tower, connector, and the language model that reads the result among its tokens.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Vision tower, connector, and the language model that reads the result among its tokens."""
 
   @nn.compact
   def __call__(
@@ -244,10 +235,7 @@ class Model(nn.Module):
     del rng
     config, dtypes = self.config, precision(self.config)
     text, mask = batch.streams[STREAM], batch.masks[STREAM]
-    language = find_llm(config, "decoder")
-    if reason := language.supports(mask):
-      raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
-                       f"'{config.fusion.name}': {reason}")
+    language = find_llm(config, "decoder", {STREAM: mask})
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     x = llm.embed(text.tokens)
     if "images" in batch.media:

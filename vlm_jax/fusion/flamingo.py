@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch
@@ -63,6 +63,7 @@ from vlm_jax.nn import stack
 from vlm_jax.nn.attention import Columns, Context, CrossAttention, make_context
 from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.mlp import feed_forward
+from vlm_jax.nn.model import Configured
 from vlm_jax.nn.norms import norm
 
 __all__ = ["RUNS", "STAGES", "STREAM", "GatedLayer", "Model", "axes", "fields", "images_read",
@@ -230,18 +231,8 @@ def heads_of(config: ConfigDict) -> tuple[int, int]:
   return bridge.heads or llm.heads, bridge.head_dim or llm.head_dim or llm.width // llm.heads
 
 
-class Model(nn.Module):
-  """Vision tower, connector, and a language model with gated layers between its own.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Vision tower, connector, and a language model with gated layers between its own."""
 
   @nn.compact
   def __call__(
@@ -264,10 +255,7 @@ class Model(nn.Module):
     del rng
     config, dtypes = self.config, precision(self.config)
     text, mask = batch.streams[STREAM], batch.masks[STREAM]
-    language = find_llm(config, "decoder")
-    if reason := language.supports(mask):
-      raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
-                       f"'{config.fusion.name}': {reason}")
+    language = find_llm(config, "decoder", {STREAM: mask})
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     sizes = config.fusion.new_tokens, config.llm.width, dtypes
     number = text.tokens - config.llm.vocab_size

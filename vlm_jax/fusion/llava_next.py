@@ -38,7 +38,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch
@@ -60,6 +60,7 @@ from vlm_jax.fusion.concat import (
   weights,
 )
 from vlm_jax.nn.linear import parameter
+from vlm_jax.nn.model import Configured
 from vlm_jax.ops.gather import take_rows
 
 __all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order", "rows",
@@ -144,18 +145,8 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   return assemble(encoded, slots, masks.causal(len(slots)), config)
 
 
-class Model(nn.Module):
-  """Vision tower, connector, newline, and the language model that reads them among its tokens.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Vision tower, connector, newline, and the language model that reads them among its tokens."""
 
   @nn.compact
   def __call__(
@@ -165,10 +156,7 @@ class Model(nn.Module):
     del rng
     config, dtypes = self.config, precision(self.config)
     text, mask = batch.streams[STREAM], batch.masks[STREAM]
-    language = find_llm(config, "decoder")
-    if reason := language.supports(mask):
-      raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
-                       f"'{config.fusion.name}': {reason}")
+    language = find_llm(config, "decoder", {STREAM: mask})
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     x = llm.embed(text.tokens)
     if "images" in batch.media:

@@ -14,7 +14,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core.batch import Batch
 from vlm_jax.core.fusion import Cache, Embeddings
@@ -37,6 +37,7 @@ from vlm_jax.fusion.clip import (
   weights,
 )
 from vlm_jax.nn.linear import Linear, parameter
+from vlm_jax.nn.model import Configured
 from vlm_jax.ops.contrastive import sigmoid_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses",
@@ -57,18 +58,8 @@ def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Ar
   return contrast(values, batch, config)
 
 
-class Model(nn.Module):
-  """Both towers and the projection of texts.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Both towers and the projection of texts."""
 
   @nn.compact
   def __call__(

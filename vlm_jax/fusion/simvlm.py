@@ -50,7 +50,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vlm_jax.core.batch import Batch, Stream
 from vlm_jax.core.document import Encoded
@@ -71,6 +71,7 @@ from vlm_jax.fusion import concat
 from vlm_jax.fusion.concat import order
 from vlm_jax.fusion.prefix_lm import prefix_ends
 from vlm_jax.nn.linear import parameter
+from vlm_jax.nn.model import Configured
 from vlm_jax.nn.relative import GridBias
 from vlm_jax.ops.gather import take_rows
 
@@ -255,18 +256,8 @@ def weights(batch: Batch, config: ConfigDict) -> dict[str, Array]:
   return concat.lm_weights(batch.streams[STREAM], config)
 
 
-class Model(nn.Module):
-  """Convolutional stem, linear connector, and an encoder-decoder language model.
-
-  Attributes:
-    config: the whole config; it is frozen, so that the module can be hashed.
-  """
-
-  config: ConfigDict
-
-  def __post_init__(self):
-    self.config = FrozenConfigDict(self.config)
-    super().__post_init__()
+class Model(Configured):
+  """Convolutional stem, linear connector, and an encoder-decoder language model."""
 
   @nn.compact
   def __call__(
@@ -288,11 +279,7 @@ class Model(nn.Module):
     """
     del rng
     config, dtypes = self.config, precision(self.config)
-    language = find_llm(config, "encoder-decoder")
-    for name, mask in batch.masks.items():
-      if reason := language.supports(mask):
-        raise UsageError(f"config.llm.name '{config.llm.name}' cannot run config.fusion.name "
-                         f"'{config.fusion.name}': mask {name}: {reason}")
+    language = find_llm(config, "encoder-decoder", batch.masks)
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     memory = None
     if ENCODER in batch.streams:
