@@ -21,21 +21,25 @@ The last line is JSON with the keys
 """
 
 import argparse
+import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from benchmarks import protocol
 from vlm_jax import recipes
 from vlm_jax.configs.gridqa import BANDS
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.data import prepare
 from vlm_jax.evals import run as evals
 from vlm_jax.train.loop import train
 
 SHORT = ("full16", "blind")
+MAIN = re.compile("accuracy|text_to_image@1")  # in place of which "low" and "high" stand
 
 
 def one(arg: str, seed: int, steps: int, data: str) -> dict[str, Any]:
@@ -63,14 +67,21 @@ def one(arg: str, seed: int, steps: int, data: str) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     row = train(config.lock(), folder, evaluate=evals.in_loop(config, Path(folder)))
   seconds = round(time.perf_counter() - start, 1)
-  numbers = {}
+  spoken = speaking(config)
+  tokens = len(find_fusion(spoken).rows(spoken)) if shown else 0
+  return {"numbers": numbers(config, row, arg), "tokens": tokens, "seconds": seconds,
+          "steps": config.train.steps}
+
+
+def numbers(config: ConfigDict, row: dict[str, float], arg: str) -> dict[str, dict[str, Any]]:
+  """What the bands of an argument name, of the last row of its training; as in the module."""
+  found = {}
   for name, (low, high) in BANDS[arg].items():
-    value = row[f"eval/gridqa/{name}"]
-    ends = [row[f"eval/gridqa/{name.replace('accuracy', end)}"] for end in ("low", "high")]
-    numbers[name] = {"value": value, "interval": ends, "band": [low, high],
-                     "inside": low <= value <= high}
-  return {"numbers": numbers, "tokens": len(find_fusion(config).rows(config)) if shown else 0,
-          "seconds": seconds, "steps": config.train.steps}
+    path = f"eval/{name}" if name.split("/")[0] in config.evals else f"eval/gridqa/{name}"
+    value, ends = row[path], [row[MAIN.sub(end, path)] for end in ("low", "high")]
+    found[name] = {"value": value, "interval": ends, "band": [low, high],
+                   "inside": low <= value <= high}
+  return found
 
 
 def main(argv: list[str]) -> int:
