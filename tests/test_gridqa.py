@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import vlm_jax
 from benchmarks import gridqa as benchmark
 from vlm_jax import recipes
 from vlm_jax.configs.gridqa import BANDS, OBJECTIVES
@@ -88,9 +89,9 @@ def test_every_cell_a_token_is_read_and_no_picture_is_chance(root, capsys):
   assert BANDS["blind"]["accuracy"][1] < low
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arg", OBJECTIVES)
-def test_all_that_bands_name_is_measured(root, arg, tmp_path, quick):
-  """The last of the file: what is quick to compile trains slowly."""
+def test_all_that_bands_name_is_measured(root, arg, tmp_path):
   config = recipes.load(f"configs/gridqa.py:{arg},debug")
   config.data.root = root
   row = train(config.lock(), tmp_path, evaluate=evals.in_loop(config, tmp_path))
@@ -99,3 +100,12 @@ def test_all_that_bands_name_is_measured(root, arg, tmp_path, quick):
   for name, number in found.items():
     (low, high), value = number["interval"], number["value"]
     assert 0 <= low <= value <= high <= 1 and number["band"] == list(BANDS[arg][name])
+
+
+def test_the_first_stage_is_asked_for_captions(root, quick):
+  """The last of the file: what is quick to compile trains slowly."""
+  bundle = vlm_jax.load("configs/gridqa.py:blip2,debug", root=root)
+  found = evals.evaluate(bundle.config, bundle.params, None, names=["say"])["say"]
+  assert found["kind"] == "vqa" and found["questions"] == 8 == found["controls"]["shuffled"][
+    "questions"]
+  assert bundle.config.fusion.name == "blip2_qformer"

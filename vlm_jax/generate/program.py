@@ -86,13 +86,9 @@ with safe_open("params.safetensors", "np") as file:
   params = {{name: jax.device_put(file.get_tensor(name)) for name in file.keys()}}
 pixels = np.zeros((2, {side}, {side}, 3), np.uint8)  # your pictures
 tokens = np.zeros((3, {length}), np.int32)  # your texts
-image = program("embed_image.jax")(params, pixels)
-text = program("embed_text.jax")(params, tokens)
-print({similarity})
+print(program("embed_image.jax")(params, pixels) @ program("embed_text.jax")(params, tokens).T)
 ```
 """
-# By the number of axes of `image`: a vector a picture, or several, of which the nearest counts.
-SIMILARITIES = {2: "image @ text.T", 3: "(image @ text.T).max(axis=1)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +243,7 @@ def embedding(config: ConfigDict) -> tuple[Callable, Callable, str]:
   """`embed_image` and `embed_text` of any number of rows, and the path of the text's tokens.
 
   embed_image(params, pixels u8[n,S,S,3]) and embed_text(params, tokens i32[n,L]) return unit
-  vectors f32[n,E], of pictures f32[n,K,E] where the nearest of K counts for a text.
+  vectors f32[n,E].
   """
   module = find_fusion(config)
   fields, model = module.fields(config), module.Model(config)
@@ -364,10 +360,9 @@ def _embedding_programs(config: ConfigDict, given: dict[str, Any], tokenizer: To
                           jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)),
     "embed_text": _lower(embed_text, given, jax.ShapeDtypeStruct((rows, length), jnp.int32)),
   }
-  similarity = SIMILARITIES[programs["embed_image"].out_avals[0].ndim]
   return programs, EMBEDS.format(
-    similarity=similarity, fusion=config.fusion.name, length=length, side=side, bos=tokenizer.bos,
-    eos=tokenizer.eos, how=_how(config), platforms=", ".join(PLATFORMS))
+    fusion=config.fusion.name, length=length, side=side, bos=tokenizer.bos, eos=tokenizer.eos,
+    how=_how(config), platforms=", ".join(PLATFORMS))
 
 
 def _lower(function: Callable, *arguments: Any) -> export.Exported:
