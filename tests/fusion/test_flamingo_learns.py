@@ -28,7 +28,7 @@ from vlm_jax.train import state as state_lib
 from vlm_jax.train.optimizer import make_optimizer
 from vlm_jax.train.step import make_step, place
 
-COLORS, STEPS, DOCUMENTS, GATES = 4, 150, 32, 10.0
+COLORS, STEPS, DOCUMENTS, GATES = 4, 100, 32, 10.0
 FILLER, QUESTION, ANSWER = 9, 10, 30
 PALETTE = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], np.uint8)
 
