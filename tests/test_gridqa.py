@@ -44,7 +44,7 @@ def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
   for arg, bands in BANDS.items():
     config = recipes.load(f"configs/gridqa.py:{arg}")
     assert len(find_fusion(config).rows(config)) in (1, 4, 8, 16)
-    assert config.fusion.name in ("concat", "flamingo")
+    assert config.fusion.name in ("concat", "blip2", "flamingo")
     for name, (low, high) in bands.items():
       control, _, number = name.rpartition("/")
       assert 0 <= low < high <= 1 and number.startswith("accuracy")

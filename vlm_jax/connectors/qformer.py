@@ -93,11 +93,17 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   return np.arange(frames * config.latents, dtype=np.int32)
 
 
-def uses(config: ConfigDict, path: str, features: int) -> int:
-  """To how many places of one image a parameter is applied, where there are no words."""
-  if path == "words":
+def uses(config: ConfigDict, path: str, features: int, words: int = 0) -> int:
+  """To how many places of one image a parameter is applied, with so many words beside the queries.
+  """
+  if path == "words":  # rows of it are read
     return 0
-  return pool.uses(path, config.latents, features) if "/cross/" in path else config.latents
+  if "/text_" in path:
+    return words
+  if "/cross" in path:
+    return pool.uses(path, config.latents, features)
+  alone = "/query_" in path or path.startswith("project/")
+  return config.latents + (0 if alone else words)
 
 
 @jax.tree_util.register_dataclass

@@ -110,11 +110,8 @@ def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
     return {text: length * says}
   if top == "connector":
     grid = math.prod(find_tower(config).grid(config.tower))
-    seen = {image: qformer.uses(config.connector, inner, grid) * (1 + others)}
-    spelled = {text: length * (1 + says + others)}
-    if "/text_" in inner:
-      return spelled
-    return seen if "/query_" in inner or "/cross" in inner else seen | spelled
+    seen, read = (qformer.uses(config.connector, inner, grid, words) for words in (0, length))
+    return {image: seen * (1 + others), text: (read - seen) * (1 + says + others)}
   if top in ("caption", "match"):
     return {text: length} if top == "caption" else {image: count * others}
   return clip.uses(config, path) if top != "image_projection" else {image: count}
