@@ -1,5 +1,7 @@
 """GridQA: the recipe's variants see the same documents, and the shortest pair keeps its bands."""
 
+import json
+
 import pytest
 
 from benchmarks import gridqa as benchmark
@@ -42,7 +44,7 @@ def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
   for arg, bands in BANDS.items():
     config = recipes.load(f"configs/gridqa.py:{arg}")
     assert len(find_fusion(config).rows(config)) in (1, 4, 8, 16)
-    assert config.fusion.name in ("concat", "flamingo")
+    assert config.fusion.name in ("concat", "blip2", "flamingo")
     for name, (low, high) in bands.items():
       control, _, number = name.rpartition("/")
       assert 0 <= low < high <= 1 and number.startswith("accuracy")
@@ -51,6 +53,28 @@ def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
   assert {arg for arg, bands in BANDS.items() if bands.get("accuracy", (0,))[0] > 0.25} == {
     "concat4", "resampler4", "resampler8", "full16", "flamingo", "full16,interleaved",
     "flamingo,interleaved"}
+
+
+def test_a_row_that_is_in_the_file_is_not_trained_again(tmp_path, monkeypatch, capsys):
+  trained = []
+
+  def one(config, bands):
+    trained.append(config.seed)
+    low, high = bands["accuracy"]
+    return {"numbers": {"accuracy": {"value": high, "interval": [high, high], "band": [low, high],
+                                     "inside": config.seed == 0}},
+            "tokens": 1, "seconds": 2.0, "steps": 3}
+
+  monkeypatch.setattr(benchmark, "one", one)
+  out = f"--out={tmp_path / 'rows.jsonl'}"
+  assert benchmark.main(["mean", out]) == 0 and trained == [0]
+  assert benchmark.main(["blind", "mean", out]) == 0 and trained == [0, 0]
+  first, second = (tmp_path / "rows.jsonl").read_text().splitlines()
+  assert json.loads(first)["argument"] == "mean" and json.loads(second)["argument"] == "blind"
+  # Another recipe is another row, and what is outside its band is said.
+  assert benchmark.main(["mean", out, "--seed=1"]) == 1 and trained == [0, 0, 1]
+  assert benchmark.main(["mean", out, "--split=validation"]) == 0 and trained == [0, 0, 1, 0]
+  assert '"outside": ["mean accuracy"]' in capsys.readouterr().out
 
 
 def test_every_cell_a_token_is_read_and_no_picture_is_chance(root, capsys):

@@ -29,7 +29,7 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.nn import stack
+from vlm_jax.nn import pool, stack
 from vlm_jax.nn.attention import Attention, Columns, Context, CrossAttention, make_context
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
@@ -91,6 +91,19 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   """i32[k]: the queries, whatever the size of the picture; those of each frame behind another."""
   del height, width
   return np.arange(frames * config.latents, dtype=np.int32)
+
+
+def uses(config: ConfigDict, path: str, features: int, words: int = 0) -> int:
+  """To how many places of one image a parameter is applied, with so many words beside the queries.
+  """
+  if path == "words":  # rows of it are read
+    return 0
+  if "/text_" in path:
+    return words
+  if "/cross" in path:
+    return pool.uses(path, config.latents, features)
+  alone = "/query_" in path or path.startswith("project/")
+  return config.latents + (0 if alone else words)
 
 
 @jax.tree_util.register_dataclass

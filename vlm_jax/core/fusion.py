@@ -129,6 +129,13 @@ class Fusion(Protocol):
   inside the model and cannot. A strategy whose Model returns `Embeddings` says nothing: its STREAM
   is "". One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
   `losses` of plain `Embeddings` are those of GLOBAL.
+
+  Two more functions are optional, for what the language model, tower and connector cannot say of
+  themselves:
+
+    uses(config, path)         to how many places of one slot a parameter is applied, by names of
+                               slots as "images/images"; None: see `train.metrics.Work`
+    attention_shapes(config)   mask name to (layers, H, C) of layers of its own that execute it
   """
 
   Model: type
@@ -164,7 +171,7 @@ class Tower(Protocol):
   returns Features. `config` below is `config.tower`. Two functions are optional:
 
     uses(config, path)        to how many places of one image a parameter of the tower is applied;
-                              left out: to every place of the grid
+                              left out: to every place of the grid, and for one query in "pool"
     attention_shape(config)   (T, H, G, C) of the tower's attention; left out: it has none
   """
 
@@ -181,7 +188,10 @@ class Connector(Protocol):
   """What a module in `vlm_jax/connectors` offers.
 
   Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
-  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`.
+  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`. Optional:
+
+    uses(config, path, features)  to how many places of one image a parameter is applied, of
+                                  `features` there are; left out: to every slot
   """
 
   Model: type

@@ -35,6 +35,7 @@ compares inside the model, so a step of it cannot be accumulated.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -49,6 +50,7 @@ from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_tower
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision, precision
 from vlm_jax.core.typing import Array
+from vlm_jax.fusion import clip
 from vlm_jax.fusion.clip import TEXT, axes, fields, layout, order, pairs, rows, there, unit
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import activation
@@ -58,7 +60,7 @@ from vlm_jax.ops import contrastive
 from vlm_jax.ops.losses import source_sums, token_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "UNDIVIDED", "Model", "axes", "fields", "layout",
-           "losses", "order", "rows", "weights"]
+           "losses", "order", "rows", "uses", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
@@ -96,6 +98,23 @@ class Bridged(Embeddings):
   matches: Array | None = None
   hidden: Array | None = None
   head: Array | None = None
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """Queries and words go through the Q-Former once, and three times more to be told apart."""
+  top, _, inner = path.partition("/")
+  image, text, wanted = "images/images", f"texts/{TEXT}", config.fusion.objectives
+  length, count = config.llm.positions, config.connector.latents
+  others, says = PAIRS * ("itm" in wanted), int("itg" in wanted)
+  if path == "connector/words":  # which are also what a said word is chosen by
+    return {text: length * says}
+  if top == "connector":
+    grid = math.prod(find_tower(config).grid(config.tower))
+    seen, read = (qformer.uses(config.connector, inner, grid, words) for words in (0, length))
+    return {image: seen * (1 + others), text: (read - seen) * (1 + says + others)}
+  if top in ("caption", "match"):
+    return {text: length} if top == "caption" else {image: count * others}
+  return clip.uses(config, path) if top != "image_projection" else {image: count}
 
 
 def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Array]:
