@@ -25,6 +25,7 @@ The last line is JSON with the keys
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ from benchmarks import protocol
 from vlm_jax import recipes
 from vlm_jax.configs.gridqa import BANDS
 from vlm_jax.core import digest
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.data import prepare
 from vlm_jax.evals import run as evals
 from vlm_jax.train.loop import train
@@ -45,6 +46,8 @@ from vlm_jax.train.loop import train
 SHORT = ("full16", "blind")
 HEADER = ("argument", "tokens", "number", "value", "low", "high", "from", "to", "", "seconds")
 WIDTHS = (25, 6, 25, 6, 6, 6, 4, 4, 7, 7)
+MAIN = re.compile("accuracy|text_to_image@1")  # in place of which "low" and "high" stand
+ACCURACY = re.compile(r"accuracy(@\d+)?$")
 
 
 def recipe(arg: str, args: argparse.Namespace) -> ConfigDict:
@@ -52,7 +55,8 @@ def recipe(arg: str, args: argparse.Namespace) -> ConfigDict:
   config = recipes.load(f"configs/gridqa.py:{arg}")
   config.seed = args.seed
   config.data.root = args.data or config.data.root
-  config.evals.gridqa.split = args.split
+  for entry in config.evals.values():
+    entry.split = args.split
   if args.steps:
     config.train.update(steps=args.steps, checkpoint_every=args.steps)
   if config.data.sources.gridqa.images == "none":
@@ -71,18 +75,24 @@ def one(config: ConfigDict, bands: dict[str, tuple[float, float]]) -> dict[str, 
   with tempfile.TemporaryDirectory() as folder:
     row = train(config, folder, evaluate=evals.in_loop(config, Path(folder)))
   seconds = round(time.perf_counter() - start, 1)
-  numbers, prefix = {}, "eval/gridqa/"
-  for name in sorted(path.removeprefix(prefix) for path in row if path.startswith(prefix)):
-    if not name.partition("@")[0].endswith("accuracy"):
-      continue
-    value, *ends = (row[prefix + name.replace("accuracy", end)]
-                    for end in ("accuracy", "low", "high"))
+  shown, spoken = config.data.sources.gridqa.images != "none", speaking(config)
+  return {"numbers": numbers(config, row, bands),
+          "tokens": len(find_fusion(spoken).rows(spoken)) if shown else 0, "seconds": seconds,
+          "steps": config.train.steps}
+
+
+def numbers(config: ConfigDict, row: dict[str, float], bands: dict[str, tuple[float, float]]
+            ) -> dict[str, dict[str, Any]]:
+  """Accuracies of evaluation "gridqa" and what bands name, of the last row of a training."""
+  found, prefix = {}, "eval/gridqa/"
+  measured = {path.removeprefix(prefix) for path in row if path.startswith(prefix)}
+  for name in sorted({name for name in measured if ACCURACY.search(name)} | bands.keys()):
+    path = f"eval/{name}" if name.split("/")[0] in config.evals else prefix + name
+    value, ends = row[path], [row[MAIN.sub(end, path)] for end in ("low", "high")]
     low, high = bands.get(name, (0, 1))
-    numbers[name] = {"value": value, "interval": ends, "band": bands.get(name),
-                     "inside": low <= value <= high}
-  shown = config.data.sources.gridqa.images != "none"
-  return {"numbers": numbers, "tokens": len(find_fusion(config).rows(config)) if shown else 0,
-          "seconds": seconds, "steps": config.train.steps}
+    found[name] = {"value": value, "interval": ends, "band": bands.get(name),
+                   "inside": low <= value <= high}
+  return found
 
 
 def known(path: str) -> dict[str, dict[str, Any]]:

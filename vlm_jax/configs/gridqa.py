@@ -14,6 +14,8 @@ one of each group, joined by commas:
   qformer1    one query of a Q-Former, which does not know what will be asked
   flamingo    eight latents, which gated layers read; a picture is one token of the text
   flamingo_all   its control: text sees every picture of the document, not the last one before it
+  blip2, coca    BLIP-2's first stage and CoCa: grids are compared with captions, each of which has
+                 another in the step that differs in one cell, and captioned; with no word below
 
   ""           one grid and sixteen questions, none of which sees another
   interleaved  three grids and a question behind each: which one did it follow?
@@ -29,6 +31,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.configs import base
+from vlm_jax.core.errors import UsageError
 from vlm_jax.data.sources.gridqa import BOUND, SHOWN
 
 RESAMPLER = {"connector.name": "perceiver", "connector.depth": 2, "connector.heads": 4,
@@ -53,9 +56,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "qformer1": QFORMER,
   "flamingo": {**FLAMINGO, "fusion.image_attention": "last"},
   "flamingo_all": {**FLAMINGO, "fusion.image_attention": "all"},
+  "blip2": {"fusion.name": "blip2_qformer", "connector.name": "qformer", "connector.latents": 16,
+            "connector.slot_width": 64, "connector.depth": 4, "connector.heads": 4,
+            "connector.hidden": 128, "connector.vocab_size": 357, "connector.positions": 24,
+            "connector.unroll": 2},
+  "coca": {"fusion.name": "coca", "connector.name": "attention_pool", "connector.latents": 16,
+           "connector.heads": 4, "llm.name": "two_halves", "llm.depth": 2, "llm.encoder_depth": 2,
+           "llm.activation": "gelu", "llm.unroll": 2},
 }
+OBJECTIVES = {"blip2": {"itc": 1.0, "itm": 1.0, "itg": 1.0}, "coca": {"contrast": 1.0, "lm": 2.0}}
 TASKS = ("", "interleaved", "binding")
-# Argument to the numbers of evaluation "gridqa" and what they lie between, ends included.
+# Argument to the numbers of evaluation "gridqa", or of another that a name begins with, and what
+# they lie between, ends included.
 BANDS: dict[str, dict[str, tuple[float, float]]] = {
   "blind": {"accuracy": (0, 0.15)},
   "mean": {"accuracy": (0, 0.35)},
@@ -73,12 +85,23 @@ BANDS: dict[str, dict[str, tuple[float, float]]] = {
   "full16,interleaved": {"accuracy": (0.9, 1), "shuffled/accuracy": (0, 0.2)},
   "pool4": {"accuracy": (0, 0.5)},
   "concat4": {"accuracy": (0.95, 1)},
+  # Of two captions that differ in one cell; of 200 captions the picture of each; a caption's cells.
+  "blip2": {"accuracy": (0.9, 1), "shuffled/accuracy": (0.35, 0.65),
+            "find/text_to_image@1": (0.5, 1), "find/shuffled/text_to_image@1": (0, 0.03),
+            "rank/text_to_image@1": (0.9, 1), "rank/shuffled/text_to_image@1": (0, 0.03),
+            "say/accuracy": (0.9, 1), "say/shuffled/accuracy": (0, 0.03)},
+  "coca": {"accuracy": (0.9, 1), "shuffled/accuracy": (0.35, 0.65),
+           "find/text_to_image@1": (0.5, 1), "find/shuffled/text_to_image@1": (0, 0.03),
+           "say/accuracy": (0.9, 1), "say/shuffled/accuracy": (0, 0.03)},
 }
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` as in the module."""
   variant, task, debug = base.choose(arg, tuple(VARIANTS), TASKS, ("", "debug"))
+  if task and variant in OBJECTIVES:
+    raise UsageError(f"--config: '{arg}' asks '{variant}', which compares grids with captions, for "
+                     f"'{task}'; leave that out")
   config = base.get_config()
   config.fusion.name = "concat"
   # The patches as they are embedded, with their places: all mixing of cells is the variant's.
@@ -104,8 +127,27 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evals.gridqa.update(kind="few_shot", form="episode", choose="own", limit=1000,
                                controls=("shuffled_shots",))
 
+  if variant in OBJECTIVES:
+    compare(config, variant)
   if debug:
     config.optim.warmup = 2
     config.train.update(steps=4, log_every=2, checkpoint_every=4)
-    config.evals.gridqa.update(limit=8, batch=8)
+    for entry in config.evals.values():
+      entry.update(limit=8, batch=8)
   return config
+
+
+def compare(config: ConfigDict, variant: str) -> None:
+  """Grids and their captions, 64 pairs a step; which caption is right, found and written."""
+  config.fusion.width = 64
+  config.fusion.objectives = ConfigDict(OBJECTIVES[variant])
+  config.llm.positions = 24
+  config.data.template = "caption"
+  config.data.update(images=16, tokens=16 * 24)
+  config.data.sources.gridqa.form = "pair"
+  shown = dict(source="gridqa", split="test", controls=("shuffled",), limit=200)
+  config.evals.gridqa = base.evaluation(kind="choice", form="match", **shown)
+  config.evals.find = base.evaluation(kind="retrieval", form="caption", **shown)
+  config.evals.say = base.evaluation(kind="vqa", form="caption", max_tokens=21, **shown)
+  if variant == "blip2":
+    config.evals.rank = base.evaluation(kind="retrieval", form="caption", rerank=16, **shown)

@@ -233,7 +233,7 @@ class Model(nn.Module):
     plan = functools.partial(make_context, rotation=None, blocks=(0, 0), dtype=jnp.float32,
                              width=width // self.config.heads)
     columns, written = (None, {}) if cache is None else (
-      cache[0], dict(columns=jax.tree.leaves(cache[0])[0].shape[2], length=cache[1]))
+      cache[0], dict(columns=jax.tree.leaves(cache[0])[0].shape[-3], length=cache[1]))
     own = plan(see_all(length, length, rows) if mask is None else mask, **written)
     cross = None
     if features is not None:
@@ -242,12 +242,15 @@ class Model(nn.Module):
     x, columns = self.layers(self.norm(x), columns, Contexts(own, cross, features))
     return x, None if cache is None else columns
 
-  def columns(self, rows: int, slots: int) -> Any:
-    """Columns of S = `slots` slots with nothing in them, one pair for every layer of a period."""
-    config = self.config
-    shape = (config.depth // config.cross_every, rows, slots, config.heads,
-             config.slot_width // config.heads)
-    return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.cross_every))
+
+def columns(config: ConfigDict, rows: int, slots: int) -> tuple[Columns, ...]:
+  """Columns of S = `slots` slots with nothing in them, one pair for every layer of a period.
+
+  `config` is `config.connector`.
+  """
+  shape = (config.depth // config.cross_every, rows, slots, config.heads,
+           config.slot_width // config.heads)
+  return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.cross_every))
 
 
 def check(config: ConfigDict) -> None:

@@ -27,7 +27,8 @@ it them, in a second pass, because it needs the similarities of the first:
 
 That pass has three pairs a document: picture and text, another picture with the text, the picture
 with another text. The others are drawn from the whole batch, the more similar the likelier (the
-most similar, where nothing is random), never the own nor one whose text is equal.
+most similar, where nothing is random), never the own nor one whose text is equal. What itg has
+taught is said by `blip2_itg.py`.
 
 What does not apply of what strategies promise: as of CLIP (`fusion/clip.py`), because a document is
 a picture with a text of fixed length, of which Q-Former sees one alone, in no packed row. "itm"
@@ -60,7 +61,7 @@ from vlm_jax.ops import contrastive
 from vlm_jax.ops.losses import source_sums, token_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "UNDIVIDED", "Model", "axes", "fields", "layout",
-           "losses", "order", "rows", "uses", "weights"]
+           "losses", "order", "rows", "uses", "voice", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
@@ -203,14 +204,24 @@ def mask_of_match(lengths: Array, queries: int, length: int) -> IntervalMask:
   return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
 
 
+def voice(config: ConfigDict) -> str:
+  """The strategy that says what itg has taught, "" without it."""
+  return "blip2_itg" if "itg" in config.fusion.objectives else ""
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UsageError for a connector that reads no words."""
+  if config.connector.name != "qformer" or not config.connector.vocab_size:
+    raise UsageError(f"config.fusion.name '{config.fusion.name}' has a Q-Former that reads words; "
+                     "set config.connector.name='qformer' and config.connector.vocab_size")
+
+
 class Model(Configured):
   """Tower, Q-Former and the heads of its three objectives."""
 
   def setup(self):
     config, dtypes = self.config, precision(self.config)
-    if config.connector.name != "qformer" or not config.connector.vocab_size:
-      raise UsageError("config.fusion.name 'blip2_qformer' trains a Q-Former that reads words; set "
-                       "config.connector.name='qformer' and config.connector.vocab_size")
+    check(config)
     self.exact = dataclasses.replace(dtypes, compute=jnp.float32)
     project = lambda size: Linear((size,), ("embed", "norm"), True, self.exact)
     self.tower = find_tower(config).Model(config.tower, config.attention, dtypes)
@@ -264,7 +275,10 @@ class Model(Configured):
     return dataclasses.replace(output, matches=matches, hidden=hidden, head=head)
 
   def matching(self, batch: Batch) -> Array:
-    """f32[B,M,2], the logits of not belonging together and of doing so of every pair as it is."""
+    """The logits of not belonging together and of doing so of every pair as it is, f32[B,M,2].
+
+    A batch of one picture shows it with every text.
+    """
     tokens = batch.documents[TEXT].tokens
     words = jnp.asarray(tokens).reshape(-1, tokens.shape[-1])
     return self._match(self._features(batch), words).reshape(*tokens.shape[:2], 2)
@@ -295,6 +309,7 @@ class Model(Configured):
   def _match(self, features: Array, words: Array) -> Array:
     """f32[n,2], the logits of pairs of pictures f[n,P,D] and texts i32[n,L]."""
     count, lengths = self.config.connector.latents, (words > 0).sum(1)
+    features = jnp.broadcast_to(features, (len(words), *features.shape[1:]))
     places = jnp.broadcast_to(jnp.arange(words.shape[1]), words.shape)
     x = jnp.concatenate(
       [self.connector.ask(len(words)), self.connector.spell(words, places)], axis=1)
