@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
       compat="",  # coca: "open_clip" has the mask of the class token that was released there
-      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
+      init="",  # a model: a run, a checkpoint of Hugging Face, big_vision's .npz, LAVIS' .pth
     )
   )
   config.bridge = _bridge()
