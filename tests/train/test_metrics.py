@@ -182,7 +182,8 @@ class Terminal(io.StringIO):
 
 def test_progress():
   row = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5}
-  timing = {"step_seconds": 0.2, "data_wait_share": 0.25, "tokens/text/second": 1234.0}
+  timing = {"step_seconds": 0.2, "data_wait_share": 0.25, "tokens/text/second": 1234.0,
+            "token_fill": 0.874}
   plain, terminal = io.StringIO(), Terminal()
   for stream in (plain, terminal):
     progress = metrics.Progress(10, stream)
@@ -192,8 +193,20 @@ def test_progress():
     progress.close()
   lines = plain.getvalue().splitlines()
   assert len(lines) == 3 and "step 2/10" in lines[1] and "data wait 25%" in lines[1]
-  assert "1,234 tokens/s" in lines[0]
+  assert "1,234 tokens/s" in lines[0] and "fill 87%" in lines[0]
   assert terminal.getvalue().count("\r") == 2 and terminal.getvalue().count("\n") == 2
+
+
+def test_fill_of_a_stretch():
+  batch = lambda *held: {"media/images/segment_ids": np.ones((1, 9)), **{
+    f"streams/{name}/{field}": np.pad(np.ones((2, count)), ((0, 0), (0, 10 - count)))
+    for name, count in zip(("encoder", "decoder"), held, strict=True)
+    for field in ("tokens", "segment_ids")}}
+  clock = metrics.Clock()
+  for held in ((10, 2), (4, 4)):
+    clock.step(0.0, metrics.token_slots(batch(*held)))
+  assert clock.row({}, 0.0)["token_fill"] == (12 + 8) / 40
+  assert "token_fill" not in clock.row({}, 0.0)
 
 
 def test_duration():

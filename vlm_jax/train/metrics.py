@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError
 from vlm_jax.core.fusion import find_connector, find_fusion, find_llm, find_tower
+from vlm_jax.core.layout import streams_of
 from vlm_jax.nn import pool
 from vlm_jax.train import trackers
 from vlm_jax.train.optimizer import unread_in_tower
@@ -112,6 +113,12 @@ def checksum(flat: dict[str, np.ndarray]) -> int:
     value = zlib.crc32(np.ascontiguousarray(flat[path]).reshape(-1).view(np.uint8).data,
                        zlib.crc32(path.encode(), value))
   return value
+
+
+def token_slots(flat: dict[str, np.ndarray]) -> tuple[int, int]:
+  """How many slots of the streams of this host's batch hold a token, and how many there are."""
+  streams = [flat[f"streams/{name}/segment_ids"] for name in streams_of(flat)]
+  return sum(int(np.count_nonzero(ids)) for ids in streams), sum(ids.size for ids in streams)
 
 
 class Work:
@@ -223,19 +230,24 @@ class Clock:
   def reset(self) -> None:
     """Starts a new stretch."""
     self._start, self._steps, self._wait = time.perf_counter(), 0, 0.0
+    self._held = self._slots = 0
 
-  def step(self, waited: float) -> None:
-    """Counts one step that waited so many seconds for its batch."""
+  def step(self, waited: float, tokens: tuple[int, int]) -> None:
+    """Counts one step that waited so many seconds for its batch of `token_slots`."""
     self._steps += 1
     self._wait += waited
+    self._held += tokens[0]
+    self._slots += tokens[1]
 
   def row(self, used: dict[str, int], pair_flops: float) -> dict[str, float]:
-    """Rates of the stretch, taking its last step as typical; resets."""
+    """Rates of the stretch, taking its last step as typical, and its "token_fill"; resets."""
     seconds = max(time.perf_counter() - self._start, 1e-9)
     steps = max(self._steps, 1)
     row = {"step_seconds": seconds / steps, "data_wait_share": self._wait / seconds,
            "attention_flops_per_second": pair_flops * steps / seconds}
     row |= {f"{name}/second": count * steps / seconds for name, count in used.items()}
+    if self._slots:
+      row["token_fill"] = self._held / self._slots
     self.reset()
     return row
 
@@ -271,7 +283,8 @@ class Progress:
     text = (f"step {step}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
             f"grad {row['grad_norm']:.3f}  {1e3 * timing['step_seconds']:.0f} ms/step  "
             f"{rate:,.0f} tokens/s  data wait {100 * timing['data_wait_share']:.0f}%  "
-            f"left {duration(left)}")
+            + (f"fill {100 * timing['token_fill']:.0f}%  " if "token_fill" in timing else "")
+            + f"left {duration(left)}")
     if self._terminal:
       done = int(20 * step / self._total)
       bar = f"[{'#' * done}{'.' * (20 - done)}] "
