@@ -42,7 +42,8 @@ def keeps(config: ConfigDict) -> bool:
   Nor where the strategy has a cache of its own, which begins with what stands in no slot.
   """
   module = find_fusion(config)
-  return not hasattr(module, "empty_cache") and streams_of(heard(module.fields(config), module.STREAM)) == [module.STREAM]
+  read = streams_of(heard(module.fields(config), module.STREAM))
+  return read == [module.STREAM] and not hasattr(module, "empty_cache")
 
 
 class Dialogue:
