@@ -279,7 +279,7 @@ class Model(Configured):
                        f"{config.llm.depth} layers none has a gated one before it; use a first "
                        "from 0 to every - 1 and below the depth")
     if "images" in batch.media:
-      table = concat.media_table(batch.media["images"].values, config, config.connector.width)
+      table = concat.media_table(batch.media["images"], config, config.connector.width)
     elif cache is not None:
       columns = cache.memory
     size: Any = table if columns is None else jax.tree.leaves(columns)[0]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core import adapters
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import FROZEN, Stage, find_tower
+from vlm_jax.core.fusion import FROZEN, Stage, find_fusion, find_tower
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -157,7 +157,8 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   stage = by_name[config.fusion.stage]
   chosen = _match(stage.trainable, leaves, f"stage '{stage.name}' of '{config.fusion.name}'")
   # Without a gradient they would still decay.
-  unread = tuple(f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower))
+  unread = [f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower)]
+  unread += getattr(find_fusion(config), "unread", lambda config: ())(config)
   frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
   # A node with adapters trains by them alone, as in LLaVA: projector whole, decoder by adapters.
   adapted = {_node(path) for path in leaves if adapters.is_adapter(path)}
