@@ -17,6 +17,23 @@ from tests import torchvision_cpu
 torchvision_cpu.install()
 
 ALLOWED = Path(__file__).parent / "allowed_skips.txt"
+MAPPED = Path("/proc/self/maps")  # of Linux alone
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  """A process keeps what it compiled, some four regions of memory a program; Linux grants 65,530.
+
+  Past them XLA dies of a segmentation fault, after two thousand tests or so.
+  """
+  yield
+  release(20_000)
+
+
+def release(most: int) -> None:
+  """Forgets every compiled program once this process maps more regions than `most`."""
+  if MAPPED.exists() and MAPPED.read_bytes().count(b"\n") > most:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

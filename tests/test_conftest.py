@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tests.conftest import read_allowed
+from tests.conftest import MAPPED, read_allowed, release
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,3 +51,15 @@ def test_long_is_deselected_not_skipped(tmp_path):
 def test_malformed_line_is_refused():
   with pytest.raises(pytest.UsageError, match="not 'test"):
     read_allowed("tests/test_x.py")
+
+
+@pytest.mark.skipif(not MAPPED.exists(), reason="no /proc/self/maps")
+def test_compiled_programs_are_released():
+  regions = lambda: MAPPED.read_bytes().count(b"\n")
+  functions = [jax.jit(lambda x, i=i: jnp.tanh(x * i)) for i in range(40)]
+  jax.block_until_ready([function(jnp.ones(4)) for function in functions])
+  kept = regions()
+  release(kept)
+  assert regions() >= kept
+  release(0)
+  assert regions() < kept - 40

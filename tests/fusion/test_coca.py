@@ -93,11 +93,11 @@ def test_layout():
   of = lambda document, path: lay_out(document, config).arrays[path].tolist()
   assert of(both, "documents/captions/segment_ids") == [1]
   assert of(both, "documents/captions/images") == [0] == of(both, "documents/captions/slots")
-  for lonely in (told, shown):  # no pair; a text alone can be embedded all the same
+  # No pair; a text or a picture alone can be embedded all the same.
+  for lonely, image, slot in ((told, -1, 0), (shown, 0, -1)):
     assert of(lonely, "documents/captions/segment_ids") == [0]
-    assert of(lonely, "documents/captions/images") == [-1]
-  assert of(told, "documents/captions/slots") == [0]
-  assert of(shown, "documents/captions/slots") == [-1]
+    assert of(lonely, "documents/captions/images") == [image]
+    assert of(lonely, "documents/captions/slots") == [slot]
   ids = long.parts[1].ids
   assert len(ids) == c.LENGTH + 1
   assert of(long, "streams/text/tokens") == [*ids[: c.LENGTH - 1], c.END]

@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
       compat="",  # coca: "open_clip" has the mask of the class token that was released there
-      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
+      init="",  # a model: a run, a checkpoint of Hugging Face, big_vision's .npz, LAVIS' .pth
     )
   )
   config.bridge = _bridge()
@@ -139,8 +139,9 @@ def get_config(arg: str = "") -> ConfigDict:
       tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
       instruction_tokenizer="",  # instructblip: the Q-Former's, as `tokenizer`; "": the same one
       instruction_tokens=64,  # instructblip: the most that the Q-Former reads with a picture
-      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain", or a template:
-      # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain",
+      # "open_flamingo", or a template: "checkpoint", that of the tokenizer's directory; a .jinja
+      # file; Jinja itself.
       template="marks",
     )
   )
@@ -352,6 +353,7 @@ def evaluation(**overrides) -> ConfigDict:
       templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       shots=(0, 4, 8),  # few_shot: solved questions before one; the most give the main number
+      rerank=0,  # retrieval: the best by cosine that are ranked again by `matching` (BLIP-2: 128)
       choose="random",  # few_shot: which: "random", "similar" pictures, or the document's "own"
       shots_split="train",  # few_shot: the split that they are from
       batch=64,  # documents generated together

@@ -6,11 +6,11 @@ Two stages, both with AdamW, cosine after 2,000 steps of warm-up, decay 0.05:
   align     Q-Former and heads (blip2_qformer)     250,000  1,680            0
   generate  Q-Former, projection (blip2, blip2_t5)  80,000  1,920 or 1,520   half the rate
 
-The second starts from the first: `--config.connector.init=RUN`. In both the norm behind the tower
-trains, nothing else of it. The paper's 129M pictures cannot be had: COCO's captions, in the folder
-you start from, stand for them, and published weights of the tower and the language model are named
-by config.tower.init and config.llm.init. Random crops and flips are the flips here. Arguments,
-joined by commas:
+The second starts from the first: `--config.connector.init=RUN`, or `--config.fusion.init=FILE.pth`
+of LAVIS, which may be either stage's. In both the norm behind the tower trains, nothing else of it.
+The paper's 129M pictures cannot be had: COCO's captions, in the folder you start from, stand for
+them, and published weights of the tower and the language model are named by config.tower.init and
+config.llm.init. Random crops and flips are the flips here. Arguments, joined by commas:
 
   opt-2.7b, opt-6.7b, flan-xl, flan-xxl   the language model (default opt-2.7b)
   generate, align                         the stage (default generate)
@@ -76,7 +76,8 @@ def align(config: ConfigDict) -> None:
   config.data.template = "caption"
   config.data.rows = 105
   config.evals.captions = base.evaluation(
-    kind="retrieval", source="coco", split="validation", limit=1000, controls=("shuffled",))
+    kind="retrieval", source="coco", split="validation", limit=1000, rerank=128,
+    controls=("shuffled",))
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -104,7 +105,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.data.sources.names = base.source(name="openmoji", form="caption")
     config.evals.find = base.evaluation(
       kind="retrieval", source="names", form="caption", split="test", limit=16, batch=8,
-      controls=("shuffled",))
+      rerank=4, controls=("shuffled",))
   config.optim.update(lr=2e-3, warmup=5)
   config.train.update(steps=50, log_every=5, checkpoint_every=50)
   return config

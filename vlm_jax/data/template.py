@@ -11,6 +11,12 @@ that open a turn are never predicted; the text and the closing <eos> are when `T
 text that `continues` one before an image has neither mark nor <eos> between them. Every piece is
 tokenised alone and its loss written at once, so the spans are exact: nothing is tokenised twice and
 counted.
+
+"open_flamingo" has words for marks, and a mark behind an answer, behind a page and before each
+picture of it but the first, which is predicted like the text:
+
+    sentence <image> sentence <|endofchunk|> <image> sentence <|endofchunk|> <eos>
+    <image> Question:question Short answer:answer <|endofchunk|>
 """
 
 import dataclasses
@@ -86,8 +92,14 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
   if tokenizer.first >= 0:
     parts.append(Tokens(np.array([tokenizer.first], np.int32), np.zeros(1, bool)))
   turn, branch, answered = 0, 0, False
-  following = [part for part in document.parts if isinstance(part, Text)][1:]
+  texts = [part for part in document.parts if isinstance(part, Text)]
+  following, shown, learned = texts[1:], False, any(part.loss for part in texts)
+  chunks = tokenizer.chunk >= 0 and not conversation.is_conversation(document)
   for index, part in enumerate(document.parts):
+    if isinstance(part, Image):
+      if chunks and shown:
+        parts.append(Tokens(np.array([tokenizer.chunk], np.int32), np.array([learned]), 0, turn))
+      shown = True
     if index and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
     if isinstance(part, Image):
@@ -96,7 +108,7 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
     else:
       goes_on = bool(following) and following.pop(0).continues
       if index in opened:
-        mark = np.array([] if part.continues else _opening(part, tokenizer), np.int32)
+        mark = np.array([] if part.continues else tokenizer.opening(part.role), np.int32)
         parts.append(Tokens(mark, np.zeros(len(mark), bool), part.branch, turn))
       else:
         parts.append(_tokens(part, tokenizer, turn, document.key, goes_on))
@@ -112,17 +124,11 @@ def _tokens(part: Text, tokenizer: Tokenizer, turn: int, key: str, goes_on: bool
   if part.role == "text":
     ids, opening, closing = tokenizer.page(part.text)
   else:
-    ids, opening = [*_opening(part, tokenizer), *tokenizer.encode(part.text)], 1
-    closing = int(part.role == "assistant")
-    ids += [tokenizer.eos] * closing
+    mark, closing = tokenizer.opening(part.role), int(part.role == "assistant")
+    ids, opening = [*mark, *tokenizer.encode(part.text)], len(mark)
+    ids += [tokenizer.closing] * closing
   ids = ids[opening if part.continues else 0 : len(ids) - closing if goes_on else len(ids)]
   loss = np.full(len(ids), part.loss)
   if not part.continues:
     loss[:opening] = False
   return Tokens(np.array(ids, np.int32), loss, part.branch, turn)
-
-
-def _opening(part: Text, tokenizer: Tokenizer) -> list[int]:
-  """The mark that opens a part of its role; a published tokenizer may have none for a page."""
-  mark = {"user": tokenizer.user, "assistant": tokenizer.assistant}.get(part.role, tokenizer.alone)
-  return [mark] if mark >= 0 else []

@@ -31,18 +31,21 @@ A picture is read once, so a branch cannot ask for itself. Encoder-decoders have
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.connectors import qformer
 from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find_tower
 from vlm_jax.core.layout import TOLD, Field, Layout, image_fields
 from vlm_jax.fusion import blip2
 from vlm_jax.fusion.blip2 import STAGES, STREAM, Model, axes, losses, order, rows, weights
 
 __all__ = ["STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order", "rows",
-           "unread", "weights"]
+           "unread", "uses", "weights"]
 
 
 def fields(config: ConfigDict) -> dict[str, Field]:
@@ -64,6 +67,16 @@ def unread(config: ConfigDict) -> tuple[str, ...]:
   every = config.connector.cross_every
   last = config.connector.depth // every - 1
   return (f"connector/layers[{last}:]/layer{every - 1}/text_(mlp|norm)",)
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """The words of a picture, and room for them, go through the Q-Former with its queries."""
+  top, _, inner = path.partition("/")
+  if top != "connector":
+    return None
+  grid = math.prod(find_tower(config).grid(config.tower))
+  return {"images/images": qformer.uses(config.connector, inner, grid,
+                                        config.data.instruction_tokens)}
 
 
 def words_fields(config: ConfigDict) -> dict[str, Field]:

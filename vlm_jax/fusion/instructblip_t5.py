@@ -38,10 +38,10 @@ from vlm_jax.fusion.blip2_t5 import (
   rows,
   weights,
 )
-from vlm_jax.fusion.instructblip import tell, unread, words_fields
+from vlm_jax.fusion.instructblip import tell, unread, uses, words_fields
 
 __all__ = ["BIASED", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses", "order",
-           "rows", "unread", "weights"]
+           "rows", "unread", "uses", "weights"]
 
 
 def fields(config: ConfigDict) -> dict[str, Field]:

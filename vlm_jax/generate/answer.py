@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Params
 from vlm_jax.data.tokenizer import Tokenizer
@@ -72,6 +72,7 @@ def answers(
     UsageError: max_tokens below 1, or as `prompts.layouts`.
   """
   check_tokens(max_tokens)
+  config = speaking(config)
   laid_out = layouts(prompts, config)
   for chosen in by_length(laid_out, rows):
     batch = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET, turns=turns)
@@ -104,6 +105,7 @@ def say(
     UsageError: as in `answers`, or several open turns.
   """
   check_tokens(max_tokens)
+  config = speaking(config)
   laid_out = layouts([prompt], config)
   batch = stack(laid_out, config, rows=1, bucket=BUCKET)
   if batch.ends.shape[1] > 1:
