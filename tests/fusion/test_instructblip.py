@@ -104,3 +104,12 @@ def test_more_words_than_there_is_room_for():
 def test_programs_of_jax_have_no_second_tokenizer(tmp_path):
   with pytest.raises(UsageError, match="'instructblip' reads the prompt by a second tokenizer"):
     program.write(tmp_path, t.get_config("instructblip"), {}, None)
+
+
+@pytest.mark.parametrize("path, places", [
+  ("words", 0), ("layers/layer0/text_mlp/up/kernel", 6), ("project/kernel", t.K),
+  ("layers/layer0/attention/query/kernel", t.K + 6), ("layers/layer0/cross/key/kernel", 4)])
+def test_words_are_work_of_their_picture(path, places):
+  config = t.get_config("instructblip")
+  assert instructblip.uses(config, f"connector/{path}") == {"images/images": places}
+  assert instructblip.uses(config, "llm/norm/scale") is None

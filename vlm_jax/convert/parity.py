@@ -83,7 +83,8 @@ def _document(config: ConfigDict, image_token: int) -> Encoded:
   pixels = rng.integers(0, 256, (side, side + side // 2, 3)).astype(np.uint8)
   picture = images.picture(pixels, side, images.decoding(config))
   if config.connector.vocab_size:  # which are read where the strategy tells them
-    told = rng.integers(1, config.connector.vocab_size, WORDS).astype(np.int32)
+    length = min(WORDS, config.data.instruction_tokens)
+    told = rng.integers(1, config.connector.vocab_size, length).astype(np.int32)
     picture = dataclasses.replace(picture, words=told)
   words = np.setdiff1d(np.arange(6, config.llm.vocab_size), image_token)
   ids = rng.choice(words, WORDS).astype(np.int32)
