@@ -137,6 +137,8 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
+      instruction_tokenizer="",  # instructblip: the Q-Former's, as `tokenizer`; "": the same one
+      instruction_tokens=64,  # instructblip: the most that the Q-Former reads with a picture
       # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain",
       # "open_flamingo", or a template: "checkpoint", that of the tokenizer's directory; a .jinja
       # file; Jinja itself.

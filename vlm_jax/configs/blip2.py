@@ -92,7 +92,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.connector.vocab_size = 1024
     config.fusion.update(width=32, start=3)
   config.data.update(rows=4, tokens=256, decoder_tokens=128, images=8)
-  del config.data.sources.coco, config.evals.captions
+  config.data.sources = ConfigDict()
+  config.evals = ConfigDict()
   config.data.sources.easy_vqa = base.source(
     name="easy_vqa", form="caption" if aligns else "single")
   if not aligns:

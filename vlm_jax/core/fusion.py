@@ -122,7 +122,8 @@ class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
   Where ids have rows behind the language model's vocabulary, vocabulary(config) says how many there
-  are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
+  are in all; unread(config) gives patterns of parameters that nothing it computes depends on, which
+  never train. It may also name in BIASED the masks whose logits get a bias, which not every kernel
   can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
   objectives that compare documents of the whole batch: they have no meaning for a part of it, so
   they accumulate over cached embeddings (`train/accumulate.py`). UNDIVIDED names those that compare
@@ -192,7 +193,8 @@ class Connector(Protocol):
   """What a module in `vlm_jax/connectors` offers.
 
   Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
-  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`. Optional:
+  (height, width), and returns f[B,N,K,width]; one that reads also with the words i32[B,N,L] of
+  `Media`, if the batch has any. `config` below is `config.connector`. Optional:
 
     uses(config, path, features)  to how many places of one image a parameter is applied, of
                                   `features` there are; left out: to every slot

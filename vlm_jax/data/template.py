@@ -24,7 +24,7 @@ import dataclasses
 import numpy as np
 
 from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text, Tokens
-from vlm_jax.data import conversation
+from vlm_jax.data import conversation, instruction
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.conversation import DecodeImage
 from vlm_jax.data.tokenizer import Tokenizer
@@ -44,11 +44,13 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) 
   Raises:
     BadExample: "unknown_role", "empty_text", "zero_loss", or what `decode_image` or
       `conversation.encode` raises.
+    UsageError: as `instruction.tell`, where a connector reads.
   """
   if tokenizer.chat and conversation.is_conversation(document):
     encoded = conversation.encode(document, tokenizer, decode_image, prompt=False)
   else:
     encoded = _encode(document, tokenizer, decode_image)
+  encoded = _told(encoded, document, tokenizer)
   if not any(isinstance(part, Tokens) and part.loss.any() for part in encoded.parts):
     raise BadExample("zero_loss", document.key)
   return encoded
@@ -64,7 +66,8 @@ def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: Decode
     BadExample: "unknown_role" (a last part is a user's or the system's), or as in `encode`.
   """
   if tokenizer.chat and conversation.is_conversation(document):
-    return conversation.encode(document, tokenizer, decode_image, prompt=True)
+    encoded = conversation.encode(document, tokenizer, decode_image, prompt=True)
+    return _told(encoded, document, tokenizer)
   last = {getattr(part, "branch", 0): index for index, part in enumerate(document.parts)}
   if len(last) > 1:
     last.pop(0, None)
@@ -72,7 +75,14 @@ def encode_prompt(document: Document, tokenizer: Tokenizer, decode_image: Decode
     part = document.parts[index]
     if not isinstance(part, Text) or part.role not in ("assistant", "text"):
       raise BadExample("unknown_role", f"{document.key}: the last part is not an answer")
-  return _encode(document, tokenizer, decode_image, frozenset(last.values()))
+  encoded = _encode(document, tokenizer, decode_image, frozenset(last.values()))
+  return _told(encoded, document, tokenizer)
+
+
+def _told(encoded: Encoded, document: Document, tokenizer: Tokenizer) -> Encoded:
+  """The document with what a connector that reads is told."""
+  reader = tokenizer.reader
+  return encoded if reader is None else instruction.tell(encoded, document, reader)
 
 
 def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.data import chat
+from vlm_jax.data.instruction import Reader
 from vlm_jax.data.published import Published
 from vlm_jax.data.published import read as read_published
 
@@ -56,7 +57,10 @@ class Tokenizer:
     chat: the chat template, None where single tokens open turns.
     stops: what ends an answer.
     vocab_size: number of ids.
+    reader: the tokenizer of a connector that reads beside the language model, None: none does.
   """
+
+  reader: Reader | None = None
 
   def __init__(self, inner: tokenizers.Tokenizer, template: str = "marks",
                published: Published | None = None, length: int = 0):

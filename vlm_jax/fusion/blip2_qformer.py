@@ -198,12 +198,6 @@ def mask_of_both(lengths: Array, queries: int, length: int, says: bool) -> Inter
   return IntervalMask(lo, hi, k_index=index)
 
 
-def mask_of_match(lengths: Array, queries: int, length: int) -> IntervalMask:
-  """All queries and the words of a text see one another: itm."""
-  hi = jnp.broadcast_to(queries + lengths[:, None], (len(lengths), queries + length))
-  return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
-
-
 def voice(config: ConfigDict) -> str:
   """The strategy that says what itg has taught, "" without it."""
   return "blip2_itg" if "itg" in config.fusion.objectives else ""
@@ -308,13 +302,8 @@ class Model(Configured):
 
   def _match(self, features: Array, words: Array) -> Array:
     """f32[n,2], the logits of pairs of pictures f[n,P,D] and texts i32[n,L]."""
-    count, lengths = self.config.connector.latents, (words > 0).sum(1)
     features = jnp.broadcast_to(features, (len(words), *features.shape[1:]))
-    places = jnp.broadcast_to(jnp.arange(words.shape[1]), words.shape)
-    x = jnp.concatenate(
-      [self.connector.ask(len(words)), self.connector.spell(words, places)], axis=1)
-    x, _ = self.connector.read(x, mask_of_match(lengths, count, words.shape[1]), features)
-    return self.match(x[:, :count]).mean(axis=1)
+    return self.match(self.connector.hear(words, (words > 0).sum(1), features)).mean(axis=1)
 
   def _compare(self, output: Bridged, batch: Batch, features: Array, words: Array,
                rng: Array | None) -> Array:

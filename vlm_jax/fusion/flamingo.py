@@ -296,7 +296,7 @@ class Model(Configured):
     config, columns, table = self.config, None, None
     count = _count(config)
     if "images" in batch.media:
-      table = concat.media_table(batch.media["images"].values, config, config.connector.width)
+      table = concat.media_table(batch.media["images"], config, config.connector.width)
     elif cache is not None:
       columns = cache.memory
     size: Any = table if columns is None else jax.tree.leaves(columns)[0]

@@ -21,7 +21,7 @@ from vlm_jax.core.fusion import find_connector, find_fusion, find_llm, find_towe
 from vlm_jax.core.layout import streams_of
 from vlm_jax.nn import pool
 from vlm_jax.train import trackers
-from vlm_jax.train.optimizer import unread_in_tower
+from vlm_jax.train.optimizer import unread_of
 from vlm_jax.train.state import Leaf
 from vlm_jax.train.step import Numbers
 
@@ -144,7 +144,7 @@ class Work:
     # Texts of fixed length are computed whole, padding included.
     texts = {name: shapes[path].shape[-1] for name in self.slots
              if (path := f"documents/{name.removeprefix('texts/')}/tokens") in shapes}
-    fusion, unread = find_fusion(config), unread_in_tower(config, leaves)
+    fusion, unread = find_fusion(config), unread_of(config, leaves)
     uses = getattr(fusion, "uses", lambda config, path: None)
     for path, leaf in leaves.items():
       if path.endswith(READ) or not leaf.shape:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core import adapters
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import FROZEN, Stage, find_tower
+from vlm_jax.core.fusion import FROZEN, Stage, find_fusion, find_tower
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -157,7 +157,7 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   stage = by_name[config.fusion.stage]
   chosen = _match(stage.trainable, leaves, f"stage '{stage.name}' of '{config.fusion.name}'")
   frozen = _match(config.optim.frozen, leaves, "config.optim.frozen")
-  for path, choice in unread_in_tower(config, leaves).items():  # they would still decay
+  for path, choice in unread_of(config, leaves).items():  # they would still decay
     frozen[path] = frozen[path] | choice if path in frozen else choice
   # A node with adapters trains by them alone, as in LLaVA: projector whole, decoder by adapters.
   adapted = {_node(path) for path in leaves if adapters.is_adapter(path)}
@@ -179,10 +179,11 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
   return result
 
 
-def unread_in_tower(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
-  """Path to bool[] or bool[L] (which layers) of parameters that no feature depends on."""
-  patterns = (f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower))
-  return _match(patterns, leaves, "tower.unread")
+def unread_of(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+  """Path to bool[] or bool[L] (which layers) of parameters that nothing computed depends on."""
+  patterns = [f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower)]
+  patterns += getattr(find_fusion(config), "unread", lambda config: ())(config)
+  return _match(patterns, leaves, "unread")
 
 
 def _node(path: str) -> str:
