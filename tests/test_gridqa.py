@@ -10,6 +10,7 @@ from vlm_jax import recipes
 from vlm_jax.configs.gridqa import BANDS, OBJECTIVES
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion, speaking
+from vlm_jax.core.layout import TOLD
 from vlm_jax.data import pipeline, prepare
 from vlm_jax.data.sources import gridqa
 from vlm_jax.evals import run as evals
@@ -33,7 +34,7 @@ def root(tmp_path_factory):
 def test_all_variants_see_the_same_documents(root, task):
   seen = set()
   for arg in BANDS:
-    if ",".join(arg.split(",")[1:]) != task or arg in OBJECTIVES:
+    if ",".join(arg.split(",")[1:]) != task or arg in (*OBJECTIVES, "instructed1"):
       continue
     config = recipes.load(f"configs/gridqa.py:{arg}")
     config.data.root, config.data.prefetch = root, 0
@@ -49,7 +50,8 @@ def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
     config = recipes.load(f"configs/gridqa.py:{arg}")
     spoken = speaking(config)
     assert len(find_fusion(spoken).rows(spoken)) in (1, 4, 8, 16)
-    assert config.fusion.name in ("concat", "blip2", "flamingo", "blip2_qformer", "coca")
+    assert config.fusion.name in (
+      "concat", "blip2", "instructblip", "flamingo", "blip2_qformer", "coca")
     for name, (low, high) in bands.items():
       *control, number = name.split("/")
       asked = control.pop(0) if control and control[0] in config.evals else "gridqa"
@@ -60,7 +62,18 @@ def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
   # A blind guess is outside every band that starts above it.
   assert {arg for arg, bands in BANDS.items() if bands.get("accuracy", (0,))[0] > 0.25} == {
     "concat4", "resampler4", "resampler8", "full16", "flamingo", "full16,interleaved",
-    "flamingo,interleaved", *OBJECTIVES}
+    "flamingo,interleaved", "instructed1", *OBJECTIVES}
+
+
+def test_a_query_is_told_the_question_of_its_picture(root):
+  """As many questions in a step as the other variants answer; the last picture's is its own."""
+  config = recipes.load("configs/gridqa.py:instructed1")
+  config.data.root, config.data.prefetch = root, 0
+  flat, info = next(pipeline.make(config))
+  assert info["documents"] == {"gridqa": 256} and not any(info["bad"].values())
+  told, tokens = flat[TOLD][..., 0], flat["streams/text/tokens"].reshape(4, 64, 6)
+  np.testing.assert_array_equal(told, tokens[:, :, 2])  # picture, mark, place, mark, colour, end
+  assert len(np.unique(told)) == 16
 
 
 def test_what_compares_sees_hard_negatives_in_every_step(root):
