@@ -1,13 +1,19 @@
 """GridQA: the recipe's variants see the same documents, and the shortest pair keeps its bands."""
 
+import json
+
+import numpy as np
 import pytest
 
 from benchmarks import gridqa as benchmark
 from vlm_jax import recipes
-from vlm_jax.configs.gridqa import BANDS
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.configs.gridqa import BANDS, OBJECTIVES
+from vlm_jax.core.errors import UsageError
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.data import pipeline, prepare
 from vlm_jax.data.sources import gridqa
+from vlm_jax.evals import run as evals
+from vlm_jax.train.loop import train
 
 STEPS = 320  # full16 begins to answer at about 120
 
@@ -27,7 +33,7 @@ def root(tmp_path_factory):
 def test_all_variants_see_the_same_documents(root, task):
   seen = set()
   for arg in BANDS:
-    if ",".join(arg.split(",")[1:]) != task:
+    if ",".join(arg.split(",")[1:]) != task or arg in OBJECTIVES:
       continue
     config = recipes.load(f"configs/gridqa.py:{arg}")
     config.data.root, config.data.prefetch = root, 0
@@ -41,16 +47,79 @@ def test_all_variants_see_the_same_documents(root, task):
 def test_bands_are_of_variants_that_exist_and_numbers_that_are_measured(root):
   for arg, bands in BANDS.items():
     config = recipes.load(f"configs/gridqa.py:{arg}")
-    assert len(find_fusion(config).rows(config)) in (1, 4, 8, 16)
-    assert config.fusion.name in ("concat", "flamingo")
+    spoken = speaking(config)
+    assert len(find_fusion(spoken).rows(spoken)) in (1, 4, 8, 16)
+    assert config.fusion.name in ("concat", "blip2", "flamingo", "blip2_qformer", "coca")
     for name, (low, high) in bands.items():
-      control, _, number = name.rpartition("/")
-      assert 0 <= low < high <= 1 and number.startswith("accuracy")
-      assert not control or control in config.evals.gridqa.controls
+      *control, number = name.split("/")
+      asked = control.pop(0) if control and control[0] in config.evals else "gridqa"
+      kind = config.evals[asked].kind
+      main = "text_to_image@1" if kind == "retrieval" else "accuracy"
+      assert 0 <= low < high <= 1 and number.startswith(main)
+      assert set(control) <= set(config.evals[asked].controls)
   # A blind guess is outside every band that starts above it.
   assert {arg for arg, bands in BANDS.items() if bands.get("accuracy", (0,))[0] > 0.25} == {
     "concat4", "resampler4", "resampler8", "full16", "flamingo", "full16,interleaved",
-    "flamingo,interleaved"}
+    "flamingo,interleaved", *OBJECTIVES}
+
+
+def test_what_compares_sees_hard_negatives_in_every_step(root):
+  """Half of the captions of a step differ from another in one cell, whoever compares them."""
+  seen = []
+  for arg in OBJECTIVES:
+    config = recipes.load(f"configs/gridqa.py:{arg}")
+    config.data.root, config.data.prefetch = root, 0
+    flat, info = next(pipeline.make(config))
+    assert info["documents"] == {"gridqa": 64} and not any(info["bad"].values())
+    seen.append(sorted(flat["media/images/values"].reshape(64, -1).tolist()))
+    grids = np.unique(np.array(seen[-1]).reshape(64, 4, 4, 4, 4, 3)[:, :, 0, :, 0], axis=0)
+    changed = (grids[:, None] != grids).any(-1).sum((2, 3))
+    assert ((changed == 1).sum(1) >= 1).all()
+  assert seen[0] == seen[1]
+  with pytest.raises(UsageError, match="'coca,binding' asks 'coca'.*leave that out"):
+    recipes.load("configs/gridqa.py:coca,binding")
+
+
+@pytest.mark.parametrize("arg", OBJECTIVES)
+def test_all_that_bands_name_is_measured(root, arg, tmp_path):
+  config = recipes.load(f"configs/gridqa.py:{arg},debug")
+  config.data.root = root
+  row = train(config.lock(), tmp_path, evaluate=evals.in_loop(config, tmp_path))
+  found = benchmark.numbers(config, row, BANDS[arg])
+  assert found.keys() >= BANDS[arg].keys()
+  for name, number in found.items():
+    (low, high), value = number["interval"], number["value"]
+    assert 0 <= low <= value <= high <= 1 and number["band"] == BANDS[arg].get(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arg", OBJECTIVES)
+def test_what_compares_matches_finds_and_captions(arg, tmp_path, capsys):
+  missed = benchmark.main([arg, f"--data={tmp_path}"])
+  print(capsys.readouterr().out)
+  assert missed == 0
+
+
+def test_a_row_that_is_in_the_file_is_not_trained_again(tmp_path, monkeypatch, capsys):
+  trained = []
+
+  def one(config, bands):
+    trained.append(config.seed)
+    low, high = bands["accuracy"]
+    return {"numbers": {"accuracy": {"value": high, "interval": [high, high], "band": [low, high],
+                                     "inside": config.seed == 0}},
+            "tokens": 1, "seconds": 2.0, "steps": 3}
+
+  monkeypatch.setattr(benchmark, "one", one)
+  out = f"--out={tmp_path / 'rows.jsonl'}"
+  assert benchmark.main(["mean", out]) == 0 and trained == [0]
+  assert benchmark.main(["blind", "mean", out]) == 0 and trained == [0, 0]
+  first, second = (tmp_path / "rows.jsonl").read_text().splitlines()
+  assert json.loads(first)["argument"] == "mean" and json.loads(second)["argument"] == "blind"
+  # Another recipe is another row, and what is outside its band is said.
+  assert benchmark.main(["mean", out, "--seed=1"]) == 1 and trained == [0, 0, 1]
+  assert benchmark.main(["mean", out, "--split=validation"]) == 0 and trained == [0, 0, 1, 0]
+  assert '"outside": ["mean accuracy"]' in capsys.readouterr().out
 
 
 def test_every_cell_a_token_is_read_and_no_picture_is_chance(root, capsys):

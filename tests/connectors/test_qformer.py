@@ -307,7 +307,7 @@ def test_words_behind_cached_queries_are_those_beside_them():
   model = qformer.Model(theirs.config.connector, OUT, Precision())
 
   def behind(model, late):
-    columns = model.columns(ROWS, QUERIES + LENGTH)
+    columns = qformer.columns(model.config, ROWS, QUERIES + LENGTH)
     index = np.arange(QUERIES + LENGTH, dtype=np.int32)
     whole = says().take(k=np.broadcast_to(index, (ROWS, QUERIES + LENGTH)))
     part = lambda where: dataclasses.replace(

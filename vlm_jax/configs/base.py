@@ -351,6 +351,7 @@ def evaluation(**overrides) -> ConfigDict:
       templates=("{}",),  # zero_shot: texts of a class, {} its name; their embeddings are averaged
       options="text",  # choice: score the options' own "text", or "letters" of a list, rotated
       shots=(0, 4, 8),  # few_shot: solved questions before one; the most give the main number
+      rerank=0,  # retrieval: the best by cosine that are ranked again by `matching` (BLIP-2: 128)
       choose="random",  # few_shot: which: "random", "similar" pictures, or the document's "own"
       shots_split="train",  # few_shot: the split that they are from
       batch=64,  # documents generated together

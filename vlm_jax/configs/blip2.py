@@ -76,7 +76,8 @@ def align(config: ConfigDict) -> None:
   config.data.template = "caption"
   config.data.rows = 105
   config.evals.captions = base.evaluation(
-    kind="retrieval", source="coco", split="validation", limit=1000, controls=("shuffled",))
+    kind="retrieval", source="coco", split="validation", limit=1000, rerank=128,
+    controls=("shuffled",))
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -103,7 +104,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.data.sources.names = base.source(name="openmoji", form="caption")
     config.evals.find = base.evaluation(
       kind="retrieval", source="names", form="caption", split="test", limit=16, batch=8,
-      controls=("shuffled",))
+      rerank=4, controls=("shuffled",))
   config.optim.update(lr=2e-3, warmup=5)
   config.train.update(steps=50, log_every=5, checkpoint_every=50)
   return config

@@ -29,7 +29,7 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.nn import stack
+from vlm_jax.nn import pool, stack
 from vlm_jax.nn.attention import Attention, Columns, Context, CrossAttention, make_context
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
@@ -91,6 +91,19 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   """i32[k]: the queries, whatever the size of the picture; those of each frame behind another."""
   del height, width
   return np.arange(frames * config.latents, dtype=np.int32)
+
+
+def uses(config: ConfigDict, path: str, features: int, words: int = 0) -> int:
+  """To how many places of one image a parameter is applied, with so many words beside the queries.
+  """
+  if path == "words":  # rows of it are read
+    return 0
+  if "/text_" in path:
+    return words
+  if "/cross" in path:
+    return pool.uses(path, config.latents, features)
+  alone = "/query_" in path or path.startswith("project/")
+  return config.latents + (0 if alone else words)
 
 
 @jax.tree_util.register_dataclass
@@ -220,7 +233,7 @@ class Model(nn.Module):
     plan = functools.partial(make_context, rotation=None, blocks=(0, 0), dtype=jnp.float32,
                              width=width // self.config.heads)
     columns, written = (None, {}) if cache is None else (
-      cache[0], dict(columns=jax.tree.leaves(cache[0])[0].shape[2], length=cache[1]))
+      cache[0], dict(columns=jax.tree.leaves(cache[0])[0].shape[-3], length=cache[1]))
     own = plan(see_all(length, length, rows) if mask is None else mask, **written)
     cross = None
     if features is not None:
@@ -229,12 +242,15 @@ class Model(nn.Module):
     x, columns = self.layers(self.norm(x), columns, Contexts(own, cross, features))
     return x, None if cache is None else columns
 
-  def columns(self, rows: int, slots: int) -> Any:
-    """Columns of S = `slots` slots with nothing in them, one pair for every layer of a period."""
-    config = self.config
-    shape = (config.depth // config.cross_every, rows, slots, config.heads,
-             config.slot_width // config.heads)
-    return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.cross_every))
+
+def columns(config: ConfigDict, rows: int, slots: int) -> tuple[Columns, ...]:
+  """Columns of S = `slots` slots with nothing in them, one pair for every layer of a period.
+
+  `config` is `config.connector`.
+  """
+  shape = (config.depth // config.cross_every, rows, slots, config.heads,
+           config.slot_width // config.heads)
+  return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.cross_every))
 
 
 def check(config: ConfigDict) -> None:

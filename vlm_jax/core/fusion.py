@@ -127,8 +127,19 @@ class Fusion(Protocol):
   objectives that compare documents of the whole batch: they have no meaning for a part of it, so
   they accumulate over cached embeddings (`train/accumulate.py`). UNDIVIDED names those that compare
   inside the model and cannot. A strategy whose Model returns `Embeddings` says nothing: its STREAM
-  is "". One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
-  `losses` of plain `Embeddings` are those of GLOBAL.
+  is "". Its function voice(config) may name the strategy that speaks with the same parameters ("":
+  none), see `speaking`; what it knows of single pairs is the method matching(batch) of its Model,
+  the logits f32[B,M,2] of being none and of being one, where one picture may be that of all texts.
+  One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
+  `losses` of plain `Embeddings` are those of GLOBAL. One that speaks without a language model has
+  an empty_cache(config, rows, columns, dtype) of its own.
+
+  Two more functions are optional, for what the language model, tower and connector cannot say of
+  themselves:
+
+    uses(config, path)         to how many places of one slot a parameter is applied, by names of
+                               slots as "images/images"; None: see `train.metrics.Work`
+    attention_shapes(config)   mask name to (layers, H, C) of layers of its own that execute it
   """
 
   Model: type
@@ -164,7 +175,7 @@ class Tower(Protocol):
   returns Features. `config` below is `config.tower`. Two functions are optional:
 
     uses(config, path)        to how many places of one image a parameter of the tower is applied;
-                              left out: to every place of the grid
+                              left out: to every place of the grid, and for one query in "pool"
     attention_shape(config)   (T, H, G, C) of the tower's attention; left out: it has none
   """
 
@@ -181,7 +192,10 @@ class Connector(Protocol):
   """What a module in `vlm_jax/connectors` offers.
 
   Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
-  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`.
+  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`. Optional:
+
+    uses(config, path, features)  to how many places of one image a parameter is applied, of
+                                  `features` there are; left out: to every slot
   """
 
   Model: type
@@ -255,6 +269,25 @@ def find_fusion(config: ConfigDict) -> Fusion:
 def embeds(module: Any) -> bool:
   """Whether a strategy gives embeddings of pictures and texts, beside speaking or instead."""
   return getattr(module, "EMBEDS", not module.STREAM)
+
+
+def speaking(config: ConfigDict) -> ConfigDict:
+  """The config of what says what a model has learned to say: itself, or with its voice's name."""
+  module = find_fusion(config)
+  name = module.voice(config) if hasattr(module, "voice") else ""
+  if not name:
+    return config
+  config = config.copy_and_resolve_references()
+  config.fusion.name = name
+  return config
+
+
+def empty_cache(config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:
+  """A cache of S = `columns` with nothing in it, the strategy's own or its language model's."""
+  module = find_fusion(config)
+  if hasattr(module, "empty_cache"):
+    return module.empty_cache(config, rows, columns, dtype)
+  return find_llm(config).empty_cache(config.llm, rows, columns, dtype)
 
 
 def embeddings_of(output: Output | Embeddings) -> Embeddings:

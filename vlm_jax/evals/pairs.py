@@ -1,4 +1,4 @@
-"""How well a text belongs to a picture, by strategies that compare the two and say nothing."""
+"""How well a text belongs to a picture, by strategies that compare the two."""
 
 import functools
 from collections.abc import Sequence
@@ -63,12 +63,52 @@ def _scores(config: ConfigDict, params: Params, pairs: list[Encoded], rows: int)
   return np.concatenate(found)
 
 
+def matches(config: ConfigDict, params: Params, pictures: Sequence[Encoded],
+            texts: Sequence[Encoded], chosen: np.ndarray, rows: int) -> np.ndarray:
+  """What the model's `matching` says of chosen pairs.
+
+  Args:
+    config: of the run.
+    params: the parameters.
+    pictures, texts: n documents of a picture each, m of a text.
+    chosen: bool[n,m].
+    rows: texts of one compiled call, in which their picture is seen once.
+
+  Returns:
+    The logits of belonging together f64[n,m], 0 where a pair is not chosen.
+  """
+  module, frozen = find_fusion(config), FrozenConfigDict(config)
+  fields = module.fields(config)
+  lay_out = lambda one: module.layout(one, config, np.random.default_rng(0)).arrays
+  told, found = [lay_out(text) for text in texts], np.zeros(chosen.shape)
+  one = {field.axis: 1 for field in fields.values()}
+  for number, picture in enumerate(pictures):
+    shown, columns = lay_out(picture), np.flatnonzero(chosen[number])
+    for start in range(0, len(columns), rows):
+      some = columns[start : start + rows]
+      flat = batches.empty(fields, one, rows)
+      for path in flat:
+        if path.startswith("media/"):
+          flat[path] = shown[path][None]
+        else:
+          flat[path][: len(some)] = [told[column][path] for column in some]
+      found[number, some] = np.asarray(_matching(frozen, params, flat))[: len(some), 1]
+  return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _matching(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Array:
+  """f32[B,2] of the texts of a batch that has one in every row."""
+  model = find_fusion(config).Model(config)
+  return model.apply({"params": params}, from_flat(flat), method="matching")[:, 0]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def scores(config: FrozenConfigDict, params: Params, flat: dict[str, Array]) -> Array:
   """f32[B] of the pairs of a batch that has one in every row."""
   model, batch = find_fusion(config).Model(config), from_flat(flat)
   if hasattr(model, "matching"):
-    told = model.apply({"params": params}, batch, method="matching")[:, 0]
+    told = _matching(config, params, flat)
     return told[:, 1] - told[:, 0]
   output = model.apply({"params": params}, batch)
   # A picture may have a vector for every query, of which the nearest counts (BLIP-2).

@@ -27,7 +27,8 @@ it them, in a second pass, because it needs the similarities of the first:
 
 That pass has three pairs a document: picture and text, another picture with the text, the picture
 with another text. The others are drawn from the whole batch, the more similar the likelier (the
-most similar, where nothing is random), never the own nor one whose text is equal.
+most similar, where nothing is random), never the own nor one whose text is equal. What itg has
+taught is said by `blip2_itg.py`.
 
 What does not apply of what strategies promise: as of CLIP (`fusion/clip.py`), because a document is
 a picture with a text of fixed length, of which Q-Former sees one alone, in no packed row. "itm"
@@ -35,6 +36,7 @@ compares inside the model, so a step of it cannot be accumulated.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -49,6 +51,7 @@ from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_tower
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision, precision
 from vlm_jax.core.typing import Array
+from vlm_jax.fusion import clip
 from vlm_jax.fusion.clip import TEXT, axes, fields, layout, order, pairs, rows, there, unit
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import activation
@@ -58,7 +61,7 @@ from vlm_jax.ops import contrastive
 from vlm_jax.ops.losses import source_sums, token_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "UNDIVIDED", "Model", "axes", "fields", "layout",
-           "losses", "order", "rows", "weights"]
+           "losses", "order", "rows", "uses", "voice", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
@@ -96,6 +99,23 @@ class Bridged(Embeddings):
   matches: Array | None = None
   hidden: Array | None = None
   head: Array | None = None
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """Queries and words go through the Q-Former once, and three times more to be told apart."""
+  top, _, inner = path.partition("/")
+  image, text, wanted = "images/images", f"texts/{TEXT}", config.fusion.objectives
+  length, count = config.llm.positions, config.connector.latents
+  others, says = PAIRS * ("itm" in wanted), int("itg" in wanted)
+  if path == "connector/words":  # which are also what a said word is chosen by
+    return {text: length * says}
+  if top == "connector":
+    grid = math.prod(find_tower(config).grid(config.tower))
+    seen, read = (qformer.uses(config.connector, inner, grid, words) for words in (0, length))
+    return {image: seen * (1 + others), text: (read - seen) * (1 + says + others)}
+  if top in ("caption", "match"):
+    return {text: length} if top == "caption" else {image: count * others}
+  return clip.uses(config, path) if top != "image_projection" else {image: count}
 
 
 def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Array]:
@@ -184,14 +204,24 @@ def mask_of_match(lengths: Array, queries: int, length: int) -> IntervalMask:
   return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
 
 
+def voice(config: ConfigDict) -> str:
+  """The strategy that says what itg has taught, "" without it."""
+  return "blip2_itg" if "itg" in config.fusion.objectives else ""
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UsageError for a connector that reads no words."""
+  if config.connector.name != "qformer" or not config.connector.vocab_size:
+    raise UsageError(f"config.fusion.name '{config.fusion.name}' has a Q-Former that reads words; "
+                     "set config.connector.name='qformer' and config.connector.vocab_size")
+
+
 class Model(Configured):
   """Tower, Q-Former and the heads of its three objectives."""
 
   def setup(self):
     config, dtypes = self.config, precision(self.config)
-    if config.connector.name != "qformer" or not config.connector.vocab_size:
-      raise UsageError("config.fusion.name 'blip2_qformer' trains a Q-Former that reads words; set "
-                       "config.connector.name='qformer' and config.connector.vocab_size")
+    check(config)
     self.exact = dataclasses.replace(dtypes, compute=jnp.float32)
     project = lambda size: Linear((size,), ("embed", "norm"), True, self.exact)
     self.tower = find_tower(config).Model(config.tower, config.attention, dtypes)
@@ -245,7 +275,10 @@ class Model(Configured):
     return dataclasses.replace(output, matches=matches, hidden=hidden, head=head)
 
   def matching(self, batch: Batch) -> Array:
-    """f32[B,M,2], the logits of not belonging together and of doing so of every pair as it is."""
+    """The logits of not belonging together and of doing so of every pair as it is, f32[B,M,2].
+
+    A batch of one picture shows it with every text.
+    """
     tokens = batch.documents[TEXT].tokens
     words = jnp.asarray(tokens).reshape(-1, tokens.shape[-1])
     return self._match(self._features(batch), words).reshape(*tokens.shape[:2], 2)
@@ -276,6 +309,7 @@ class Model(Configured):
   def _match(self, features: Array, words: Array) -> Array:
     """f32[n,2], the logits of pairs of pictures f[n,P,D] and texts i32[n,L]."""
     count, lengths = self.config.connector.latents, (words > 0).sum(1)
+    features = jnp.broadcast_to(features, (len(words), *features.shape[1:]))
     places = jnp.broadcast_to(jnp.arange(words.shape[1]), words.shape)
     x = jnp.concatenate(
       [self.connector.ask(len(words)), self.connector.spell(words, places)], axis=1)

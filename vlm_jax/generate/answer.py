@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Params
 from vlm_jax.data.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ def answers(
     UsageError: max_tokens below 1, or as `prompts.layouts`.
   """
   check_tokens(max_tokens)
+  config = speaking(config)
   laid_out = layouts(prompts, config)
   for chosen in by_length(laid_out, rows):
     batch = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET, turns=turns)
@@ -107,6 +108,7 @@ def say(
     UsageError: as in `answers`, several open turns, or as `Dialogue.stream`.
   """
   check_tokens(max_tokens)
+  config = speaking(config)
   laid_out = layouts([prompt], config)[0]
   turns = len(open_ends(laid_out, find_fusion(config).STREAM))
   if turns > 1:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core.batch import Batch, Stream, from_flat
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import Cache, Fusion, find_fusion, find_llm
+from vlm_jax.core.fusion import Cache, Fusion, empty_cache, find_fusion, find_llm
 from vlm_jax.core.layout import IGNORE, mask_axes
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import precision
@@ -221,7 +221,7 @@ def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_token
   rows, turns = ends.shape
   if kept is None:
     columns, dtype = context.masks[context.stream].k_index.shape[1], precision(config).compute
-    cache = find_llm(config).empty_cache(config.llm, rows, columns, dtype)
+    cache = empty_cache(config, rows, columns, dtype)
   else:
     cache = stack.together(kept)
   logits, cache = prefill(model, params, batch, ends, context, cache)

@@ -37,9 +37,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def keeps(config: ConfigDict) -> bool:
-  """Whether a cache may be kept: what another stream holds is read as a whole, or not at all."""
+  """Whether a cache may be kept: what another stream holds is read as a whole, or not at all.
+
+  Nor where the strategy has a cache of its own, which begins with what stands in no slot.
+  """
   module = find_fusion(config)
-  return streams_of(heard(module.fields(config), module.STREAM)) == [module.STREAM]
+  read = streams_of(heard(module.fields(config), module.STREAM))
+  return read == [module.STREAM] and not hasattr(module, "empty_cache")
 
 
 class Dialogue:

@@ -26,7 +26,7 @@ from vlm_jax.core import pieces
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Image, Tokens
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import find_fusion, find_llm
+from vlm_jax.core.fusion import empty_cache, find_fusion
 from vlm_jax.core.layout import Field, streams_of
 from vlm_jax.core.precision import precision
 from vlm_jax.core.tree import flatten, unflatten
@@ -86,9 +86,13 @@ with safe_open("params.safetensors", "np") as file:
   params = {{name: jax.device_put(file.get_tensor(name)) for name in file.keys()}}
 pixels = np.zeros((2, {side}, {side}, 3), np.uint8)  # your pictures
 tokens = np.zeros((3, {length}), np.int32)  # your texts
-print(program("embed_image.jax")(params, pixels) @ program("embed_text.jax")(params, tokens).T)
+image = program("embed_image.jax")(params, pixels)
+text = program("embed_text.jax")(params, tokens)
+print({similarity})
 ```
 """
+# By the number of axes of `image`: a vector a picture, or several, of which the nearest counts.
+SIMILARITIES = {2: "image @ text.T", 3: "(image @ text.T).max(axis=1)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +229,7 @@ def speaking(config: ConfigDict, made: Form, new_tokens: int) -> tuple[Callable,
     batch, ends = from_flat(jax.tree.map(jnp.asarray, flat)), jnp.asarray(ends)
     context = decode.make_context(module, config, batch, ends, new_tokens)
     columns = context.masks[module.STREAM].k_index.shape[1]
-    cache = find_llm(config).empty_cache(config.llm, 1, columns, precision(config).compute)
+    cache = empty_cache(config, 1, columns, precision(config).compute)
     logits, cache = decode.prefill(model, unflatten(params), batch, ends, context, cache)
     leaves, tree = jax.tree.flatten((jnp.zeros((), jnp.int32), context, cache))
     structure.append(tree)
@@ -243,7 +247,7 @@ def embedding(config: ConfigDict) -> tuple[Callable, Callable, str]:
   """`embed_image` and `embed_text` of any number of rows, and the path of the text's tokens.
 
   embed_image(params, pixels u8[n,S,S,3]) and embed_text(params, tokens i32[n,L]) return unit
-  vectors f32[n,E].
+  vectors f32[n,E], of pictures f32[n,K,E] where the nearest of K counts for a text.
   """
   module = find_fusion(config)
   fields, model = module.fields(config), module.Model(config)
@@ -360,9 +364,10 @@ def _embedding_programs(config: ConfigDict, given: dict[str, Any], tokenizer: To
                           jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)),
     "embed_text": _lower(embed_text, given, jax.ShapeDtypeStruct((rows, length), jnp.int32)),
   }
+  similarity = SIMILARITIES[programs["embed_image"].out_avals[0].ndim]
   return programs, EMBEDS.format(
-    fusion=config.fusion.name, length=length, side=side, bos=tokenizer.bos, eos=tokenizer.eos,
-    how=_how(config), platforms=", ".join(PLATFORMS))
+    similarity=similarity, fusion=config.fusion.name, length=length, side=side, bos=tokenizer.bos,
+    eos=tokenizer.eos, how=_how(config), platforms=", ".join(PLATFORMS))
 
 
 def _lower(function: Callable, *arguments: Any) -> export.Exported:

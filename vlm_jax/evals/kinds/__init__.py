@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.fusion import embeds, find, find_fusion
+from vlm_jax.core.fusion import embeds, find, find_fusion, speaking
 from vlm_jax.core.typing import Params
 from vlm_jax.evals import asking
 
@@ -46,9 +46,12 @@ def measure(kind: Any, config: ConfigDict, params: Params, entry: ConfigDict, sp
   Raises:
     UsageError: the kind cannot ask this strategy; and as its `run` or `score`.
   """
+  asks = getattr(kind, "ASKS", ("speakers",))
+  if "embedders" not in asks:
+    config = speaking(config)
   module = find_fusion(config)
   can = ["speakers"] * bool(module.STREAM) + ["embedders"] * embeds(module)
-  if not set(can) & set(asks := getattr(kind, "ASKS", ("speakers",))):
+  if not set(can) & set(asks):
     asked = can[0]
     name = kind.__name__.rpartition(".")[2]
     raise UsageError(f"config.evals: kind '{name}' asks {asks[0]}, but config.fusion.name "

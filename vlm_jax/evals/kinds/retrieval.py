@@ -1,6 +1,9 @@
 """Retrieval: every caption of a split is scored with every picture of it.
 
-Strategies that embed pictures and texts (CLIP, SigLIP, CoCa) rank by the cosine, both ways.
+Strategies that embed pictures and texts (CLIP, SigLIP, CoCa) rank by the cosine, both ways. One
+that also says how well a pair matches (BLIP-2's first stage) may rank the `rerank` best of them
+again, by the cosine and the logit of belonging together, as published (arXiv:2301.12597, section
+4.5, where they are 128); "text_to_image_cosine" and "image_to_text_cosine" leave that out.
 
 Others are asked for a likelihood. Log p(text | picture) ranks pictures for a text as it is. Texts
 of one picture are ranked by how much it raises their probability above the mean over all pictures,
@@ -25,9 +28,9 @@ from vlm_jax.core.document import Document, Encoded, Pixels, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.typing import Params
 from vlm_jax.data import template
-from vlm_jax.evals import embed
+from vlm_jax.evals import embed, pairs
 from vlm_jax.evals.likelihood import of_branches
-from vlm_jax.evals.metrics.retrieval import recall_at, strangers
+from vlm_jax.evals.metrics.retrieval import nearest, recall_at, reranked, strangers
 from vlm_jax.evals.reading import Split, check, mean_score, with_controls
 from vlm_jax.ops import contrastive
 
@@ -64,12 +67,13 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     split: which split is read.
 
   Returns:
-    The numbers {"text_to_image@K", "image_to_text@K", "image_to_text_raw@K" (of likelihoods) for K
-    in 1, 5, 10, "low", "high", "chance", "pictures", "captions", "pairs", "bad", "seconds",
+    The numbers {"text_to_image@K", "image_to_text@K", "image_to_text_raw@K" (of likelihoods), and
+    of those ranked again "text_to_image_cosine@K", "image_to_text_cosine@K" and "matched" (pairs),
+    for K in 1, 5, 10, "low", "high", "chance", "pictures", "captions", "pairs", "bad", "seconds",
     "controls"}: low and high are of text_to_image@1, chance is what a blind guess gets there. The
     predictions have {"key", "document", "question": the caption, "answers": [its picture],
     "prediction": the picture found, "rank": from 1, "score"}, and with its own picture "log_prob",
-    or "cosine" of embeddings.
+    or "cosine" of embeddings, or "match", the sum of cosine and logit.
 
   Raises:
     UsageError: a field of the entry that cannot be, no pictures to rank, or too many pairs.
@@ -80,15 +84,19 @@ def run(config: ConfigDict, params: Params, entry: ConfigDict, split: str
     raise UsageError("config.evals: retrieval ranks pictures, so images and controls cannot be "
                      "'none'; set controls=('shuffled',)")
 
-  embeds = fusion.embeds(fusion.find_fusion(config))
+  module = fusion.find_fusion(config)
+  embeds = fusion.embeds(module)
+  if entry.rerank and not (embeds and hasattr(module.Model, "matching")):
+    raise UsageError(f"config.evals: rerank is {entry.rerank}, but config.fusion.name "
+                     f"'{config.fusion.name}' has no `matching` to rank again by; set it to 0")
+  if entry.rerank < 0:
+    raise UsageError(f"config.evals: rerank is {entry.rerank}; use 0 for none, or more")
 
   def measure(images: str) -> tuple[dict[str, Any], list[dict], int]:
     opened = Split(config, entry, split, images)
     found = read(opened, None if embeds else PAIRS)
     if embeds:
-      scores = cosines(config, params, found, entry)
-      numbers, rows = _summary(found, scores, config.seed, "cosine")
-      numbers = recall_at(scores, found.owners) | numbers
+      numbers, rows = compared(config, params, found, entry)
     else:
       numbers, rows = summary(found, similarity(config, params, found, entry), config.seed)
     return numbers, rows, opened.bad
@@ -165,12 +173,36 @@ def similarity(config: ConfigDict, params: Params, found: Candidates, entry: Con
   return out
 
 
-def cosines(config: ConfigDict, params: Params, found: Candidates, entry: ConfigDict) -> np.ndarray:
-  """f32[pictures, captions] of embeddings; whatever stands before a caption is not read."""
+def compared(config: ConfigDict, params: Params, found: Candidates, entry: ConfigDict
+             ) -> tuple[dict[str, Any], list[dict]]:
+  """Numbers and rows of embeddings, the best of them ranked again if the entry says so.
+
+  Whatever stands before a caption is not read.
+  """
   shown = [Encoded(tuple(part for part in trunk if isinstance(part, Pixels)), found.source, key)
            for key, trunk in found.pictures]
   told = [Encoded(tuple(dataclasses.replace(part, branch=0) for part in parts), found.source, key)
           for key, _, parts in found.captions]
+  scores = cosines(config, params, shown, told, entry)
+  numbers = recall_at(scores, found.owners)
+  if not entry.rerank:
+    more, rows = _summary(found, scores, config.seed, "cosine")
+    return numbers | more, rows
+  by_picture, by_text = (nearest(scores, entry.rerank, axis) for axis in (1, 0))
+  chosen = by_picture | by_text
+  matches = pairs.matches(config, params, shown, told, chosen, entry.batch)
+  numbers = {name.replace("@", "_cosine@"): value for name, value in numbers.items()}
+  for way, best in (("image_to_text", by_picture), ("text_to_image", by_text)):
+    ranked = reranked(scores, matches, best)
+    again = recall_at(ranked, found.owners)
+    numbers |= {name: value for name, value in again.items() if name.startswith(way)}
+  more, rows = _summary(found, ranked, config.seed, "match")
+  return numbers | more | {"matched": int(chosen.sum())}, rows
+
+
+def cosines(config: ConfigDict, params: Params, shown: list[Encoded], told: list[Encoded],
+            entry: ConfigDict) -> np.ndarray:
+  """f32[pictures, captions] of embeddings."""
   return np.asarray(contrastive.cosines(embed.images(config, params, shown, entry.batch),
                                         embed.texts(config, params, told, entry.batch)))
 

@@ -41,3 +41,21 @@ def strangers(similarity: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, n
   best = np.where(own, similarity, -np.inf).max(1, keepdims=True)
   mine = similarity[owners, np.arange(texts)]
   return ((similarity >= best) & ~own).sum(1), ((similarity >= mine) & ~own).sum(0)
+
+
+def nearest(similarity: np.ndarray, count: int, axis: int) -> np.ndarray:
+  """bool[images, texts], the `count` largest along an axis; of equal ones the first."""
+  order = np.argsort(-similarity, axis=axis, kind="stable")
+  return np.argsort(order, axis=axis, kind="stable") < count
+
+
+def reranked(similarity: np.ndarray, matches: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+  """Chosen pairs by the sum of both scores; behind all of them the others, by the first alone.
+
+  Args:
+    similarity: f[images, texts].
+    matches: f[images, texts], of chosen pairs.
+    chosen: bool[images, texts], at least one.
+  """
+  sums = similarity + np.where(chosen, matches, 0)
+  return np.where(chosen, sums, similarity - similarity.max() + sums[chosen].min() - 1)
