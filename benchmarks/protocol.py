@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +98,23 @@ def machine() -> dict:
 
 def report(header: list[str], rows: list[list[object]], result: dict) -> None:
   """Prints a table and, as the last line, `result` with the machine as one line of JSON."""
-  cells = [header] + [[_text(cell) for cell in row] for row in rows]
-  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-  for row in cells:
-    print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+  widths = [max(len(_text(row[i])) for row in [header, *rows]) for i in range(len(header))]
+  for row in [header, *rows]:
+    print(line(row, widths))
   if result.get("contended"):
     print(f"CONTENDED: the fixed matmul changed by more than {CONTENDED:.0%}, or others used more "
           f"than {OTHERS:.0%} of the machine; ratios are void.")
+  finish(result)
+
+
+def line(row: Sequence[object], widths: Sequence[int]) -> str:
+  """A row of a table whose columns are so wide."""
+  cells = (_text(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+  return "  ".join(cells).rstrip()
+
+
+def finish(result: dict) -> None:
+  """Prints, as the last line, `result` with the machine as one line of JSON."""
   print(json.dumps({**result, "machine": machine()}), flush=True)
 
 

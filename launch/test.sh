@@ -20,7 +20,8 @@ say "lint"
 "$bin/ruff" check .
 say "tests"
 # A process a core: compiling, most of the time, uses one. Files stay whole, they share programs.
-"$bin/python" -m pytest -n auto --dist loadfile "$@"
+# One that crashes ends the run: restarted, it is waited for without end.
+"$bin/python" -m pytest -n auto --dist loadfile --max-worker-restart 0 "$@"
 
 if [ $# -gt 0 ] && [ "$*" != "--full" ]; then
   exit 0

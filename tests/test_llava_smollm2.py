@@ -48,7 +48,7 @@ def test_the_whole_recipe_is_the_published_pieces():
 
 
 class Loader:
-  """A picture with two branches and a caption, the same in every step."""
+  """Two captions, one of them two questions where the recipe asks; the same in every step."""
 
   def __init__(self, config, start=None):
     del start
@@ -57,7 +57,9 @@ class Loader:
     picture = Pixels(rng.integers(0, 256, (side, side, 3)).astype(np.uint8))
     said = lambda branch: Tokens(np.arange(5, 11, dtype=np.int32) + branch,
                                  np.arange(6) > 3, branch)
-    documents = [Encoded((picture, said(1), said(2)), "easy_vqa", "a"),
+    asked = "easy_vqa" in config.data.sources
+    documents = [Encoded((picture, said(1), said(2)), "easy_vqa", "a") if asked
+                 else Encoded((picture, said(0)), "shapes", "a"),
                  Encoded((picture, said(0)), "names", "b")]
     self.flat = testing.pack(testing.lay_out(documents, config), config)[0]
 

@@ -99,6 +99,22 @@ def test_blip2_trains_its_bridge_of_the_published_size(words, name, queries, wor
   assert config.tower.depth == 39
 
 
+@pytest.mark.parametrize("member, name, rows", [
+  ("vicuna-7b", "instructblip", 16), ("flan-xxl", "instructblip_t5", 8)])
+def test_instructblip_trains_a_q_former_that_reads(member, name, rows):
+  config = recipes.load(f"configs/instructblip.py:{member}")
+  assert config.fusion.name == name and config.data.rows == rows and config.tower.depth == 39
+  assert moved(config) == {"connector", "tower"}  # of the tower the norm behind it
+  sizes = {path.removeprefix("connector/"): math.prod(shape)
+           for path, shape in systems.shapes(config).items() if path.startswith("connector/")}
+  project = sizes.pop("project/kernel") + sizes.pop("project/bias")
+  assert sum(sizes.values()) == 105_162_240 + 80_522_496 and project == 769 * config.llm.width
+  ratios = [config.data.sources[source].ratio for source in ("vqav2", "llava")]
+  np.testing.assert_allclose(ratios[0] / ratios[1], (443_757 / 150_000) ** 0.5, rtol=0.05)
+  debug = recipes.load(f"configs/instructblip.py:debug,{member}")
+  assert debug.fusion.name == name and list(debug.evals) == ["easy_vqa"]
+
+
 def test_blip2_of_small_pieces_is_llavas_with_another_connector():
   for stage, moves in (("connector", {"connector"}), ("lora", {"connector", "llm"})):
     ours = recipes.load(f"configs/blip2_smollm2.py:{stage}")

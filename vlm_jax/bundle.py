@@ -39,6 +39,7 @@ from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.evals import embed, likelihood
 from vlm_jax.generate import maps
 from vlm_jax.generate.answer import Answer, answers, ask, check_tokens, say
+from vlm_jax.generate.dialogue import Dialogue
 from vlm_jax.generate.prompts import layouts, slots
 from vlm_jax.generate.sampling import GREEDY, Sampling
 from vlm_jax.train import checkpoint_tools, initial
@@ -163,6 +164,7 @@ class Bundle:
     sampling: Sampling = GREEDY,
     rows: int = 8,
     write: Callable[[str], None] | None = None,
+    dialogue: Dialogue | None = None,
   ) -> list[list[Answer]]:
     """The answers to each document: one, or one for every branch of a fan-out document.
 
@@ -174,6 +176,7 @@ class Bundle:
       sampling: how to choose tokens; an answer does not depend on what it is batched with.
       rows: documents of about equal length computed together.
       write: gets the answer to the one document while it is being said.
+      dialogue: with `write`, reads of a longer conversation only what is new in it.
 
     Raises:
       UsageError: the strategy says nothing, or `write` with several documents or open turns.
@@ -184,7 +187,8 @@ class Bundle:
     if write is not None:
       if len(prompts) != 1:
         raise UsageError(f"{len(prompts)} documents cannot be written out at once; give one")
-      return [[say(*common, prompts[0], write, max_tokens=max_tokens, sampling=sampling)]]
+      return [[say(*common, prompts[0], write, max_tokens=max_tokens, sampling=sampling,
+                   dialogue=dialogue)]]
     found: dict[int, list[Answer]] = {}
     for batch in answers(*common, prompts, rows=max(min(rows, len(prompts)), 1),
                          max_tokens=max_tokens, sampling=sampling):

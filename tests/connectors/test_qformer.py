@@ -290,6 +290,57 @@ def test_twins_fail_loudly(twin):
   assert measured > LOUD * CLOSE
 
 
+@pytest.mark.parametrize("twin", [
+  "", "queries see no words", "words see no queries", "words see the picture", "the other half"])
+def test_told_queries_are_theirs(twin, monkeypatch):
+  """Of queries and words what became of the queries is kept; each mistake alone is loud."""
+  theirs = reference("instructblip")
+  model = qformer.Model(theirs.config.connector, OUT, Precision())
+  mask, see_all = qformer.mask_of_told, qformer.see_all
+  query = np.arange(QUERIES + LENGTH) < QUERIES
+  if twin == "queries see no words":
+    monkeypatch.setattr(qformer, "mask_of_told", lambda *args: dataclasses.replace(
+      mask(*args), hi=jnp.where(query, QUERIES, mask(*args).hi)))
+  elif twin == "words see no queries":
+    monkeypatch.setattr(qformer, "mask_of_told", lambda *args: dataclasses.replace(
+      mask(*args), lo=jnp.where(query, 0, QUERIES) + mask(*args).lo))
+  elif twin == "words see the picture":
+    monkeypatch.setattr(qformer, "see_all",
+                        lambda queries, *rest: see_all(queries + LENGTH, *rest))
+
+  def run(model):
+    if twin != "the other half":
+      return model.hear(jnp.asarray(TOKENS), jnp.asarray(REAL), FEATURES)
+    x = jnp.concatenate([model.ask(ROWS), model.spell(TOKENS, np.broadcast_to(
+      np.arange(LENGTH), TOKENS.shape))], axis=1)
+    return model.read(x, mask(jnp.asarray(REAL), QUERIES, LENGTH), FEATURES)[0][:, -QUERIES:]
+
+  out = jax.jit(lambda params: model.apply({"params": params}, method=run))(theirs.params)
+  measured = error(out, theirs.out["instructed"][:, :QUERIES])
+  print(f"{twin or 'theirs'}: {measured:.1e}")
+  assert measured > LOUD * CLOSE if twin else measured < CLOSE
+
+
+def test_words_see_the_picture_only_through_queries():
+  """Behind one layer the words are as before, whatever the picture; the queries are not."""
+  config = reference("instructblip").config.connector.copy_and_resolve_references()
+  config.update(depth=1, cross_every=1)
+  model = qformer.Model(config, OUT, Precision())
+  every = lambda model, features: (read(model, True, True, says()), model(features, (3, 3)))
+  init = lambda: model.init(jax.random.key(0), FEATURES[:, None], method=every)
+  params = meta.unbox(jax.jit(init)())["params"]
+
+  @jax.jit
+  def behind(features):
+    x = lambda model: model.read(
+      jnp.concatenate([model.ask(ROWS), model.spell(TOKENS, TOKENS * 0)], axis=1),
+      qformer.mask_of_told(jnp.asarray(REAL), QUERIES, LENGTH), features)[0]
+    return model.apply({"params": params}, method=x)
+
+  moved = np.any(np.asarray(behind(FEATURES)) != np.asarray(behind(FEATURES[::-1])), axis=(0, 2))
+  np.testing.assert_array_equal(moved, np.arange(QUERIES + LENGTH) < QUERIES)
+
+
 def test_boolean_masks_are_no_masks_there():
   """Eager attention there adds 0 and 1: held to it, this model would have learned to leak."""
   model = reference("blip2").model

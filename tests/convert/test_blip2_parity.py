@@ -116,23 +116,32 @@ def their_inputs(encoded: list[Encoded], config, read: int, left: bool = False) 
 
 
 class Reference:
-  """Theirs, run once: config and parameters as read from their files, logits, loss, gradients."""
+  """Theirs, run once: config and parameters as read from their files, logits, loss, gradients.
+
+  What another system has in other ways, its test says in a class below this one.
+  """
+
+  theirs = transformers.Blip2ForConditionalGeneration
+  their_config, make_documents = staticmethod(their_config), staticmethod(documents)
+  their_inputs = staticmethod(their_inputs)
+  # Gradients that only rounding makes: softmax does not see what all keys share.
+  silent = ("key.bias", "k_proj.bias")
 
   def __init__(self, kind: str, directory: Path):
     torch.manual_seed(0)
-    self.kind, self.directory, self.documents = kind, directory, documents()
-    self.model = transformers.Blip2ForConditionalGeneration._from_config(
-      their_config(kind), attn_implementation="eager").eval()
-    draw(self.model, KINDS.index(kind))
+    self.kind, self.documents = kind, self.make_documents()
+    self.model = self.theirs._from_config(
+      self.their_config(kind), attn_implementation="eager").eval()
+    draw(self.model, int(kind == "t5"))
     self.model.save_pretrained(directory)
     self.config, self.params = systems.read(directory, recipe())
     answers = [one.parts[2].ids for one in self.documents]
     if kind == "t5":
-      self.inputs = their_inputs(self.documents, self.config, read=1)
+      self.inputs = self.their_inputs(self.documents, self.config, read=1)
       labels = padded(answers, -100)
       first = [0] * len(answers)  # logits of a decoder are those of the answer alone
     else:
-      self.inputs = their_inputs(self.documents, self.config, read=2)
+      self.inputs = self.their_inputs(self.documents, self.config, read=2)
       first = [QUERIES + len(one.parts[1].ids) for one in self.documents]
       labels = padded([np.r_[np.full(start, -100), ids]
                        for start, ids in zip(first, answers, strict=True)], -100)
@@ -163,24 +172,22 @@ class Reference:
     return max(error(np.asarray(logits)[row, start : start + len(theirs)], theirs)
                for (row, start), theirs in zip(self.batch()[1], self.logits, strict=True))
 
+  @functools.cached_property
+  def step(self):
+    """The jitted (params, flat) -> ((loss, logits), gradients)."""
+    config, module = self.config, find_fusion(self.config)
+
+    def loss(params, flat):
+      batch = from_flat(flat)
+      output = module.Model(config).apply({"params": params}, batch)
+      return module.losses(output, batch, config)["lm"].sum(), output.logits()
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
 
 @functools.cache
 def reference_of(kind: str) -> Reference:
   return Reference(kind, Path(tempfile.mkdtemp()) / "model")
-
-
-@functools.cache
-def step_of(kind: str):
-  """The jitted (params, flat) -> ((loss, logits), gradients)."""
-  config = reference_of(kind).config
-  module = find_fusion(config)
-
-  def loss(params, flat):
-    batch = from_flat(flat)
-    output = module.Model(config).apply({"params": params}, batch)
-    return module.losses(output, batch, config)["lm"].sum(), output.logits()
-
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.fixture(params=KINDS)
@@ -189,7 +196,7 @@ def reference(request):
 
 
 def test_logits_loss_and_gradients(reference):
-  (loss, logits), grads = step_of(reference.kind)(
+  (loss, logits), grads = reference.step(
     jax.tree.map(jnp.asarray, reference.params), reference.batch()[0])
   for theirs in reference.logits:
     assert np.isfinite(theirs).all() and theirs.std(axis=0).min() > 1e-3
@@ -200,7 +207,7 @@ def test_logits_loss_and_gradients(reference):
   errors = {}
   for key, grad in ours.items():
     theirs = reference.grads[key]
-    if key.endswith(("key.bias", "k_proj.bias")):  # softmax does not see what all keys share
+    if key.endswith(reference.silent):
       assert max(np.abs(grad).max(), np.abs(theirs).max()) < 1e-4, key
       continue
     assert np.isfinite(grad).all() and np.abs(theirs).max() > 1e-4, key
@@ -230,7 +237,7 @@ def test_twins_fail_loudly(reference, twin):
   elif twin == "labels":
     weight = next(path for path in flat if path.endswith("loss_weights/lm"))
     flat[weight] = np.ones_like(flat[weight])
-  (loss, logits), _ = step_of(reference.kind)(jax.tree.map(jnp.asarray, params), flat)
+  (loss, logits), _ = reference.step(jax.tree.map(jnp.asarray, params), flat)
   measured = (abs(float(loss) / reference.loss - 1) if twin == "labels"
               else reference.error(logits))
   print(f"{twin}: {measured / CLOSE:.0f} tolerances")
@@ -242,7 +249,7 @@ def test_generated_tokens_are_theirs(reference):
   asked = [Encoded(one.parts[:2], one.source, one.key) for one in reference.documents]
   ours = generate(config, jax.tree.map(jnp.asarray, reference.params), stack(
     layouts(asked, config), config, rows=2, bucket=1), max_tokens=NEW).tokens[:, 0]
-  inputs = their_inputs(asked, config, read=1, left=True)
+  inputs = reference.their_inputs(asked, config, read=1, left=True)
   out = reference.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=None,
                                  pad_token_id=0).numpy()
   said = out[:, 1:] if reference.kind == "t5" else out[:, inputs["input_ids"].shape[1] :]
@@ -253,7 +260,7 @@ def test_generated_tokens_are_theirs(reference):
 def test_export_loads_there_and_here(reference, tmp_path):
   config, params = reference.config, reference.params
   systems.write(tmp_path / "ours", config, params, IMAGE, shard_bytes=20_000)
-  model, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
+  model, info = reference.theirs.from_pretrained(
     tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
   assert not any(info.values()), info
   with torch.no_grad():

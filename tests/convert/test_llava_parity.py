@@ -198,14 +198,17 @@ def test_logits_and_gradients(reference):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   (loss, logits), grads = step(jax.tree.map(jnp.asarray, reference.params), batch)
-  for ours, theirs in zip(pick(logits, reference.where), reference.logits, strict=True):
+  picked = pick(logits, reference.where)
+  for ours in picked:
     assert np.isfinite(ours).all() and ours.std(axis=0).min() > 1e-3
-    assert error(ours, theirs) < LOGITS
+  worst = max(map(error, picked, reference.logits))
+  assert worst < LOGITS
   assert abs(float(loss) - reference.loss) < TOLERANCE * abs(reference.loss)
 
   ours = {k: t.get() for k, t in table.export(grads, systems.entries(config)).items()}
   theirs = {table.renamer(llava.SPELLINGS)(key): grad for key, grad in reference.grads.items()}
   assert len(set(theirs) & set(ours)) > 30
+  errors = {}
   for key, grad in ours.items():
     if key not in theirs:  # layers behind the hidden state that is read
       assert not np.any(grad), key
@@ -214,7 +217,9 @@ def test_logits_and_gradients(reference):
       assert max(np.abs(grad).max(), np.abs(theirs[key]).max()) < TOLERANCE * scale, key
     else:
       assert np.isfinite(grad).all() and np.abs(theirs[key]).max() > 1e-4, key
-      assert error(grad, theirs[key]) < TOLERANCE, key
+      errors[key] = error(grad, theirs[key])
+  print(f"logits {worst:.1e}, gradients {max(errors.values()):.1e}")
+  assert max(errors.values()) < TOLERANCE, max(errors, key=errors.get)
 
 
 def test_export_loads_there(reference, tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 import vlm_jax
 from tests.convert import (
   test_idefics_parity,
+  test_instructblip_parity,
   test_llava_next_parity,
   test_llava_parity,
   test_paligemma_parity,
@@ -56,6 +57,16 @@ def paligemma():
   return model
 
 
+def instructblip():
+  torch.manual_seed(0)
+  model = transformers.InstructBlipForConditionalGeneration._from_config(
+    test_instructblip_parity.their_config("t5"))
+  with torch.no_grad():
+    for weight in model.parameters():
+      weight.normal_(0, 0.3)
+  return model
+
+
 def idefics():
   torch.manual_seed(0)
   model = transformers.IdeficsForVisionText2Text._from_config(test_idefics_parity.their_config(1))
@@ -68,6 +79,7 @@ def idefics():
 # Their model, its tokenizer, what our config then is.
 SYSTEMS = {
   "idefics": (idefics, LLAVA, "flamingo"),
+  "instructblip": (instructblip, LLAVA, "instructblip_t5"),
   "llava": (lambda: test_llava_parity.their_model(0), LLAVA, "concat"),
   "llava_next": (test_llava_next_parity.their_model, LLAVA, "llava_next"),
   "paligemma": (paligemma, GEMMA, "prefix_lm"),
@@ -75,7 +87,7 @@ SYSTEMS = {
   "siglip": (lambda: test_two_towers_parity.their_model("siglip"), SIGLIP, "siglip"),
   "siglip2": (lambda: test_two_towers_parity.their_model("siglip2"), SIGLIP, "siglip"),
 }
-SPEAKING = ("concat", "flamingo", "llava_next", "prefix_lm")
+SPEAKING = ("concat", "flamingo", "instructblip_t5", "llava_next", "prefix_lm")
 RECIPE = """from vlm_jax.configs import base
 
 def get_config(arg=""):
@@ -120,6 +132,20 @@ def write_tokenizer(folder, words, roles):
   (folder / "tokenizer_config.json").write_text(json.dumps(roles))
 
 
+def write_reader(folder, size):
+  """The tokenizer of a Q-Former: as many words, and marks at both ends of a text."""
+  vocab = {{0: "[PAD]", 1: "[CLS]", 2: "[SEP]"}.get(row, f"w{row + 10}"): row
+           for row in range(size)}
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w17"))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
+  inner.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+  inner.post_processor = tokenizers.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+  folder.mkdir()
+  inner.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+
+
 def convert(*flags):
   assert cli.main(["convert", *map(str, flags)]) == 0
 
@@ -142,6 +168,8 @@ def test_there_and_back(system, data, tmp_path, capsys):
   model, theirs, run = their_model(system), tmp_path / "theirs", tmp_path / "run"
   model.save_pretrained(theirs)
   write_tokenizer(theirs, words, roles)
+  if system == "instructblip":
+    write_reader(theirs / "qformer_tokenizer", test_instructblip_parity.READS)
   convert(theirs, "--from=hf", f"--out={run}", f"--config={data / 'recipe.py'}", "--check")
   bundle = vlm_jax.load(run)
   config, step = bundle.config, bundle.step
@@ -181,8 +209,12 @@ def test_there_and_back(system, data, tmp_path, capsys):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
   if slots and system != "idefics":  # whose pictures have no slots there either
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
-    inputs = processor(images=Image.open(data / "0.png"), text="<image> w20", return_tensors="np")
+    text = "w20" if system == "instructblip" else "<image> w20"  # which puts it there itself
+    inputs = processor(images=Image.open(data / "0.png"), text=text, return_tensors="np")
     assert int((inputs["input_ids"] == row["<image>"]).sum()) == slots > 1
+    if system == "instructblip":
+      assert inputs["qformer_input_ids"].tolist() == [[1, 10, 2]]
+      assert bundle.tokenizer.reader.encode("w20") == [1, 10, 2]
 
 
 def test_one_dtype_for_all(data, tmp_path):
@@ -206,11 +238,11 @@ def test_what_has_no_converter_is_named(data, tmp_path, capsys):
                    f"--config={data / 'recipe.py'}"]) == USAGE
   said = capsys.readouterr().err
   assert "model_type is 'gpt2'" in said and said.count("\n") == 1
-  kinds = ("clip", "idefics", "llava", "llava_next", "paligemma", "siglip2")
+  kinds = ("clip", "idefics", "instructblip", "llava", "llava_next", "paligemma", "siglip2")
   assert all(kind in said for kind in kinds)
   assert not (tmp_path / "run").exists()
   config = base.get_config()
   config.fusion.name = "simvlm"
-  known = "blip2, .*clip, coca, concat, flamingo, llava_next, prefix"
+  known = "blip2, .*clip, coca, concat, flamingo, instructblip.*, llava_next, prefix"
   with pytest.raises(UsageError, match=f"fusion.name is 'simvlm'.*{known}"):
     systems.converter(config)

@@ -13,6 +13,7 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from tests.fusion import contrast as c
 from tests.fusion import testing as t
 from tests.fusion.test_contract import pictures
+from vlm_jax.connectors import qformer
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import draw
@@ -46,7 +47,7 @@ def test_docstring_pictures_are_the_masks():
   both = jax.tree.map(lambda x: np.asarray(x)[0], stage1.mask_of_both(jnp.array([3]), 2, 3, True))
   order = np.argsort(both.k_index)
   assert draw(both.dense()[np.ix_(order, order)], drawn[0][0]) == drawn[0][1]
-  match = jax.tree.map(lambda x: np.asarray(x)[0], stage1.mask_of_match(jnp.array([3]), 2, 3))
+  match = jax.tree.map(lambda x: np.asarray(x)[0], qformer.mask_of_told(jnp.array([3]), 2, 3))
   assert match.picture(drawn[1][0]) == drawn[1][1]
   # Padding behind a text is seen by nobody but what pads.
   short = jax.tree.map(lambda x: np.asarray(x)[0], stage1.mask_of_both(jnp.array([2]), 2, 3, True))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from vlm_jax.core import batch as batches
 from vlm_jax.core.batch import Batch, from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tiles, Tokens
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout, heard, mask_axes, streams_of
+from vlm_jax.core.layout import TOLD, Layout, heard, mask_axes, streams_of
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
@@ -38,6 +38,8 @@ VARIANTS = [
   ("blip2", None, True),
   ("blip2_t5", None, False),
   ("blip2_t5", None, True),
+  ("instructblip", None, True),
+  ("instructblip_t5", None, True),
   ("llava_next", "causal", False),
   ("llava_next", "causal", True),
   ("flamingo", "last", False),
@@ -50,10 +52,14 @@ LLM = {
   "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
                  linear_bias=True, positions=64, encoder_depth=2),
   "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
-  "blip2_t5": dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
-                   relative_buckets=8, relative_distance=12, encoder_depth=2),
+  **dict.fromkeys(("blip2_t5", "instructblip_t5"), dict(
+    name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4, relative_buckets=8,
+    relative_distance=12, encoder_depth=2)),
 }
 QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
+READS = 37  # ids of a connector that reads
+INSTRUCTED = dict(connector=dict(QFORMER, vocab_size=READS, positions=8),
+                  data=dict(instruction_tokens=6))
 # And of other nodes.
 NODES = {
   "coca": dict(connector=dict(name="attention_pool", latents=K, heads=2)),
@@ -62,6 +68,8 @@ NODES = {
                    data=dict(tokens=40)),
   "blip2": dict(connector=QFORMER),
   "blip2_t5": dict(connector=QFORMER),
+  "instructblip": INSTRUCTED,
+  "instructblip_t5": INSTRUCTED,
 }
 
 
@@ -132,11 +140,25 @@ def tiled(document: Encoded) -> Encoded:
   return dataclasses.replace(document, parts=tuple(map(cut, document.parts)))
 
 
+def told(document: Encoded, length: int) -> Encoded:
+  """Words for every image, at most `length`; drawn from its pixels."""
+  def tell(part):
+    if not isinstance(part, Pixels):
+      return part
+    rng = np.random.default_rng(int(part.values.sum()))
+    words = rng.integers(0, READS, rng.integers(1, length + 1)).astype(np.int32)
+    return dataclasses.replace(part, words=words)
+
+  return dataclasses.replace(document, parts=tuple(map(tell, document.parts)))
+
+
 def lay_out(documents: list[Encoded], config: ConfigDict, seed: int = 0) -> list[Layout]:
   """The layouts; what a strategy draws for a document depends on its key and the seed."""
   module = find_fusion(config)
   if config.data.decode.grids:
     documents = list(map(tiled, documents))
+  if field := module.fields(config).get(TOLD):
+    documents = [told(document, field.shape[0]) for document in documents]
   return [
     module.layout(document, config, np.random.default_rng([seed, *document.key.encode()]))
     for document in documents
@@ -176,14 +198,13 @@ def same_network(config: ConfigDict) -> FrozenConfigDict:
 
 def noise_params(config: ConfigDict, scale: float = 0.3) -> dict:
   """Every parameter overwritten with noise: no norm or bias is at a value that hides a bug."""
-  return _noise_params(find_fusion(config).Model, same_network(config), scale)
+  return _noise_params(find_fusion(config), same_network(config), scale)
 
 
 @functools.cache
-def _noise_params(model: type, config: FrozenConfigDict, scale: float) -> dict:
-  module = sys.modules[model.__module__]
+def _noise_params(module: ModuleType, config: FrozenConfigDict, scale: float) -> dict:
   row = from_flat(batches.empty(module.fields(config), module.axes(config), 1))
-  shapes = jax.eval_shape(model(config).init, jax.random.key(0), row)["params"]
+  shapes = jax.eval_shape(module.Model(config).init, jax.random.key(0), row)["params"]
   rng = np.random.default_rng(7)
   noise = lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype)
   return jax.tree.map(noise, meta.unbox(shapes))

@@ -106,6 +106,22 @@ def test_full_disk(clean, cache, tmp_path):
   assert differences(tmp_path / "once", tmp_path / "end") == []
 
 
+@pytest.mark.parametrize("held", [5, 12])
+def test_rows_that_stay_empty_are_told_once(config, tmp_path, capsys, held):
+  class Loader(tiny_fusion.Loader):
+    def __next__(self):
+      flat, info = super().__next__()
+      flat["streams/text/segment_ids"][:] = np.arange(config.data.tokens) < held
+      return flat, info
+
+  config.train.update(steps=4, log_every=2)
+  train(config, tmp_path, make_loader=Loader)
+  said = capsys.readouterr().out
+  assert said.count(f"fill {100 * held / 12:.0f}%") == 2
+  assert said.count("only 42% of the slots of the rows hold tokens") == (held == 5)
+  assert trackers.read(tmp_path / "timing.jsonl")[-1]["token_fill"] == held / 12
+
+
 class Poisoned(tiny_fusion.Loader):
   """A weight that is not a number in the batch of step 6."""
 

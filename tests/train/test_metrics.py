@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from tests.fusion import contrast
+from tests.fusion import testing as tiny
 from tests.train import tiny_fusion
+from vlm_jax.cli import plan
 from vlm_jax.configs import base
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.mesh import make_mesh
@@ -88,6 +91,90 @@ def test_work_of_two_streams_and_a_stem():
   assert work.attention({"encoder": 5.0, "decoder": 7.0, "cross": 2.0}) == pair * (5 * 3 + 9)
 
 
+def work_of(config):
+  """The Work of a config, and a function of a kind of slots to the FLOPs of one of them."""
+  module = find_fusion(config)
+  _, leaves = state_lib.initializer(module, config)
+  work = metrics.Work(config, leaves, state_lib.abstract_batch(module, config, make_mesh(config)))
+  none = dict.fromkeys(work.slots, 0)
+  share = lambda name: 1 - work.fills(none | {name: work.slots[name]})["flops_empty_share"]
+  return work, lambda name: share(name) * work.dense() / work.slots[name]
+
+
+def vit(depth):
+  """Parameters of a tower of `depth` blocks at every place: width 24, mlp 40, patches of 48."""
+  return 48 * 24 + 24 + depth * (4 * (24 * 24 + 24) + 2 * 24 * 40 + 40 + 24 + 4 * 24)
+
+
+def test_work_of_a_resampler_and_a_bridge():
+  config = tiny.get_config("flamingo", "last")
+  config.tower.update(feature_layer=-2, post_norm=False)  # of two blocks one is read
+  config.connector.update(latents=3)
+  config.bridge.update(every=2, first=1, heads=3, head_dim=5)
+  work, flops = work_of(config)
+  # Four patches, three latents that are keys too, two heads of 6 channels, rows of 24.
+  keys = 2 * 24 * 12 * (4 + 3) + 2 * 24 * 4
+  latents = 3 * (2 * 24 * 12 + 2 * 24 * 20 + 3 * 2 * 24)
+  table = 3 * 2 * 24 * 15  # keys and values of the one gated layer
+  assert flops("images/images") == pytest.approx(6 * (4 * vit(1) + keys + latents + table))
+  gated = 2 * 32 * 15 + 2 * 32 * 40 + 2 * 2 * 32 + 2
+  own = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+  assert flops("tokens/text") == pytest.approx(6 * (gated + own))
+  # Twice the language model's attention to text, once the bridge's to the table.
+  assert work.attention({"text": 10.0, "media": 7.0}) == 12 * (10 * 2 * 32 + 7 * 1 * 15)
+  assert plan.kernels(config)["media"]["heads"] == 3
+
+
+def q_former(features, queries, words):
+  """Parameters of the tests' Q-Former times the places they are applied to: width 18, mlp 24."""
+  square, norm, mlp = 18 * 18 + 18, 2 * 18, 2 * 18 * 24 + 24 + 18
+  both = (queries + words) * (norm + 2 * (4 * square + norm))
+  cross = features * 2 * (24 * 18 + 18) + queries * (2 * square + norm)
+  return both + cross + (queries + words) * 2 * (mlp + norm)
+
+
+def test_work_of_a_q_former():
+  config = tiny.get_config("blip2")
+  config.tower.update(post_norm=False)
+  config.connector.update(latents=3)
+  _, flops = work_of(config)
+  want = 4 * vit(2) + q_former(4, 3, 0) + 3 * (18 * 32 + 32)
+  assert flops("images/images") == pytest.approx(6 * want)
+
+
+def test_work_of_a_q_former_that_reads():
+  config = contrast.get_config("blip2_qformer")
+  config.tower.update(post_norm=False)
+  config.connector.update(latents=3)
+  _, flops = work_of(config)
+  # Itself and three times more with a text; a text is also said.
+  want = 4 * vit(2) + 4 * q_former(4, 3, 0) + 3 * (18 * 20 + 20) + 9 * (18 * 2 + 2)
+  assert flops("images/images") == pytest.approx(6 * want)
+  length = contrast.LENGTH
+  spelled = 5 * (q_former(0, 0, length)) + length * (18 * 18 + 18 + 2 * 18)
+  head = length * (tiny.VOCAB * 18 + tiny.VOCAB)
+  assert flops("texts/captions") == pytest.approx(6 * (spelled + head + 18 * 20 + 20))
+
+
+def test_work_of_two_halves_and_poolers():
+  config = contrast.get_config("coca")
+  config.tower.update(post_norm=False)
+  config.connector.update(latents=3)
+  config.llm.update(encoder_depth=1)
+  work, flops = work_of(config)
+  pooler = lambda wide, features, queries: (
+    features * (2 * (wide * 32 + 32) + 2 * wide) + queries * (2 * (32 * 32 + 32) + 2 * 32))
+  rows = 3 * 2 * 2 * (32 * 32 + 32)  # keys and values of two layers
+  want = 4 * vit(2) + pooler(24, 4, 3) + pooler(32, 3, 1) + 32 * 20 + rows
+  assert flops("images/images") == pytest.approx(6 * want)
+  first = 4 * (32 * 32 + 32) + 2 * 32 * 48 + 32 + 48 + 2 * 2 * 32
+  second = 2 * (first + 2 * (32 * 32 + 32) + 2 * 32)
+  norms = 2 * 2 * 32
+  assert flops("tokens/text") == pytest.approx(6 * (first + second + norms))
+  assert flops("tokens/summary") == pytest.approx(6 * (first + norms))
+  assert work.attention({"text": 5.0, "cross": 3.0, "reads": 2.0}) == 12 * 32 * (15 + 6 + 2)
+
+
 class Terminal(io.StringIO):
   def isatty(self):
     return True
@@ -95,7 +182,8 @@ class Terminal(io.StringIO):
 
 def test_progress():
   row = {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.5}
-  timing = {"step_seconds": 0.2, "data_wait_share": 0.25, "tokens/text/second": 1234.0}
+  timing = {"step_seconds": 0.2, "data_wait_share": 0.25, "tokens/text/second": 1234.0,
+            "token_fill": 0.874}
   plain, terminal = io.StringIO(), Terminal()
   for stream in (plain, terminal):
     progress = metrics.Progress(10, stream)
@@ -105,8 +193,20 @@ def test_progress():
     progress.close()
   lines = plain.getvalue().splitlines()
   assert len(lines) == 3 and "step 2/10" in lines[1] and "data wait 25%" in lines[1]
-  assert "1,234 tokens/s" in lines[0]
+  assert "1,234 tokens/s" in lines[0] and "fill 87%" in lines[0]
   assert terminal.getvalue().count("\r") == 2 and terminal.getvalue().count("\n") == 2
+
+
+def test_fill_of_a_stretch():
+  batch = lambda *held: {"media/images/segment_ids": np.ones((1, 9)), **{
+    f"streams/{name}/{field}": np.pad(np.ones((2, count)), ((0, 0), (0, 10 - count)))
+    for name, count in zip(("encoder", "decoder"), held, strict=True)
+    for field in ("tokens", "segment_ids")}}
+  clock = metrics.Clock()
+  for held in ((10, 2), (4, 4)):
+    clock.step(0.0, metrics.token_slots(batch(*held)))
+  assert clock.row({}, 0.0)["token_fill"] == (12 + 8) / 40
+  assert "token_fill" not in clock.row({}, 0.0)
 
 
 def test_duration():

@@ -81,7 +81,12 @@ class Chat:
 
   def __init__(self, bundle: Any, max_tokens: int, sampling: Any):
     """Nothing is said yet."""
+    from vlm_jax.generate.dialogue import Dialogue, keeps
+
+    config = bundle.config
     self._bundle, self._max_tokens, self._sampling = bundle, max_tokens, sampling
+    self._room = min(config.data.tokens, config.llm.positions or config.data.tokens)
+    self._dialogue = Dialogue(config, self._room) if keeps(config) else None
     self.turns: list[tuple[tuple, str]] = []
     self.shown: list = []
 
@@ -133,7 +138,7 @@ class Chat:
 
     try:
       self._bundle.generate([document], max_tokens=self._max_tokens, sampling=self._sampling,
-                            write=write)
+                            write=write, dialogue=self._dialogue)
     except KeyboardInterrupt:
       tell("\nstopped; what was said so far is remembered")
     finally:
@@ -156,9 +161,7 @@ class Chat:
     Raises:
       UsageError: the question alone does not.
     """
-    config, forgotten = self._bundle.config, 0
-    room = min(config.data.tokens, config.llm.positions or config.data.tokens)
-    kept = list(self.turns)
+    room, forgotten, kept = self._room, 0, list(self.turns)
     while True:
       document = self._behind(_trunk(question))
       needed = self._bundle.slots(document) + self._max_tokens

@@ -6,10 +6,10 @@
   vlm-jax convert RUN --to=jax --out=DIRECTORY
   vlm-jax convert FILE.gguf --from=gguf --out=DIRECTORY
 
-The first reads a LLaVA, LLaVA-NeXT, PaliGemma, CLIP or SigLIP of Hugging Face, or a CoCa of
-OpenCLIP: its config decides the model, the recipe everything else. RUN then holds step 0;
-`vlm-jax train --workdir=RUN` trains it, `evaluate` and, where it speaks, `generate` and `predict`
-use it. The second writes
+The first reads a LLaVA, LLaVA-NeXT, PaliGemma, BLIP-2, InstructBLIP, CLIP or SigLIP of Hugging
+Face, or a CoCa of OpenCLIP: its config decides the model, the recipe everything else. RUN then
+holds step 0; `vlm-jax train --workdir=RUN` trains it, `evaluate` and, where it speaks, `generate`
+and `predict` use it. The second writes
 weights, config, image processor and tokenizer, of a LLaVA the chat template too, as transformers
 loads them, adapters merged; the third only the adapters, as PEFT loads them. The fourth
 writes any strategy as programs that need JAX alone, with a README.md that says how they are run.
@@ -107,7 +107,10 @@ def import_run(args: argparse.Namespace) -> None:
     safetensors_io.space(directory, sum(leaf.nbytes for leaf in params.values()))
     config.precision.param = systems.one_dtype(params)
     new = systems.adopt_tokenizer(source, config, directory)
-    config.data.tokenizer = str(out / Path(config.data.tokenizer).name)
+    for field in ("tokenizer", "instruction_tokenizer"):
+      path = Path(config.data[field])
+      if path.parent == directory:
+        config.data[field] = str(out / path.name)
     checkpoint_tools.write_run(directory, config.to_json(indent=2, sort_keys=True) + "\n", 0,
                                unflatten(params), {"imported": str(source.absolute())})
     if args.check:

@@ -156,6 +156,9 @@ def kernels(config: ConfigDict) -> dict[str, dict[str, Any]]:
     name: (capacity[queries], capacity[keys], llm.heads, llm.kv_heads, head)
     for name, (queries, keys) in mask_axes(fields).items()
   }
+  own = module.attention_shapes(config) if hasattr(module, "attention_shapes") else {}
+  for name, (_, heads, width) in own.items():
+    shapes[name] = (*shapes[name][:2], heads, heads, width)
   if hasattr(tower, "attention_shape"):
     length, *sizes = tower.attention_shape(config.tower)
     shapes["tower"] = (length, length, *sizes)

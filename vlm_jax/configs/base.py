@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
       bias=-10.0,  # siglip: the first logit bias; -log of the pairs of a batch is no surprise to it
       pooling="cascade",  # coca: what a picture's vector is read from, see vlm_jax/fusion/coca.py
       compat="",  # coca: "open_clip" has the mask of the class token that was released there
-      init="",  # a whole model: a run directory, a Hugging Face checkpoint or big_vision's .npz
+      init="",  # a model: a run, a checkpoint of Hugging Face, big_vision's .npz, LAVIS' .pth
     )
   )
   config.bridge = _bridge()
@@ -137,8 +137,11 @@ def get_config(arg: str = "") -> ConfigDict:
       prefetch=2,  # packed steps kept ready
       bad_limit=0.01,  # abort when more than this share of records is bad
       tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
-      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain", or a template:
-      # "checkpoint", that of the tokenizer's directory; a .jinja file; Jinja itself.
+      instruction_tokenizer="",  # instructblip: the Q-Former's, as `tokenizer`; "": the same one
+      instruction_tokens=64,  # instructblip: the most that the Q-Former reads with a picture
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain",
+      # "open_flamingo", or a template: "checkpoint", that of the tokenizer's directory; a .jinja
+      # file; Jinja itself.
       template="marks",
     )
   )

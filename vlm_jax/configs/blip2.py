@@ -6,11 +6,11 @@ Two stages, both with AdamW, cosine after 2,000 steps of warm-up, decay 0.05:
   align     Q-Former and heads (blip2_qformer)     250,000  1,680            0
   generate  Q-Former, projection (blip2, blip2_t5)  80,000  1,920 or 1,520   half the rate
 
-The second starts from the first: `--config.connector.init=RUN`. In both the norm behind the tower
-trains, nothing else of it. The paper's 129M pictures cannot be had: COCO's captions, in the folder
-you start from, stand for them, and published weights of the tower and the language model are named
-by config.tower.init and config.llm.init. Random crops and flips are the flips here. Arguments,
-joined by commas:
+The second starts from the first: `--config.connector.init=RUN`, or `--config.fusion.init=FILE.pth`
+of LAVIS, which may be either stage's. In both the norm behind the tower trains, nothing else of it.
+The paper's 129M pictures cannot be had: COCO's captions, in the folder you start from, stand for
+them, and published weights of the tower and the language model are named by config.tower.init and
+config.llm.init. Random crops and flips are the flips here. Arguments, joined by commas:
 
   opt-2.7b, opt-6.7b, flan-xl, flan-xxl   the language model (default opt-2.7b)
   generate, align                         the stage (default generate)
@@ -92,7 +92,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.connector.vocab_size = 1024
     config.fusion.update(width=32, start=3)
   config.data.update(rows=4, tokens=256, decoder_tokens=128, images=8)
-  del config.data.sources.coco, config.evals.captions
+  config.data.sources = ConfigDict()
+  config.evals = ConfigDict()
   config.data.sources.easy_vqa = base.source(
     name="easy_vqa", form="caption" if aligns else "single")
   if not aligns:

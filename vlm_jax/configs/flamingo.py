@@ -4,7 +4,9 @@
 shapes of OpenFlamingo-9B; images and language model stay as they are. Each step sums the losses of
 web pages (Multimodal C4) and of captions, the latter counting a fifth, as Flamingo sums over its
 data sets (arXiv:2204.14198, section 3.2); text before the first image of a page is not learned.
-Theirs ends every chunk of a page with a mark of its own, which ours does not write.
+Theirs ends every chunk of a page with a mark of its own. With a tokenizer whose last two tokens are
+<|endofchunk|> and <image>, config.data.template="open_flamingo" writes it, new_tokens=2 of
+config.fusion makes room for both, and say_new=True there lets it be said.
 AdamW at a constant rate, whose decay is of the gated layers alone. The data are your own files, put
 into the folder you start from. Arguments, joined by commas:
 

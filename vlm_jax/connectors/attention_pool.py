@@ -7,13 +7,18 @@ from ml_collections import ConfigDict
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.nn.pool import AttentionPool
+from vlm_jax.nn import pool
 
 
 def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarray:
   """i32[k]: every query is one slot, in their order, frame by frame."""
   del height, width
   return np.arange(frames * config.latents, dtype=np.int32)
+
+
+def uses(config: ConfigDict, path: str, features: int) -> int:
+  """To how many places of one image a parameter is applied."""
+  return pool.uses(path, config.latents, features)
 
 
 class Model(nn.Module):
@@ -31,5 +36,5 @@ class Model(nn.Module):
     if self.width % config.heads:
       raise UsageError(f"config.connector.heads is {config.heads}, which must divide {self.width}, "
                        "the language model's width")
-    return AttentionPool(config.latents, self.width, config.heads, config.norm_eps, self.precision,
-                         name="pool")(features)
+    return pool.AttentionPool(config.latents, self.width, config.heads, config.norm_eps,
+                              self.precision, name="pool")(features)

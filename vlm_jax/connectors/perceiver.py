@@ -31,7 +31,7 @@ from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import constrain
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.nn import stack
+from vlm_jax.nn import pool, stack
 from vlm_jax.nn.attention import Context, CrossAttention, make_context
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import feed_forward
@@ -92,6 +92,13 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   """i32[k]: every latent is one slot; a grid of several frames is read as one image."""
   del frames, height, width
   return np.arange(config.latents, dtype=np.int32)
+
+
+def uses(config: ConfigDict, path: str, features: int) -> int:
+  """To how many places of one image a parameter is applied: latents are keys too."""
+  if "context_norm" in path or path.startswith("project/"):
+    return features
+  return pool.uses(path, config.latents, features + config.latents)
 
 
 @jax.tree_util.register_dataclass

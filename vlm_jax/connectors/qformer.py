@@ -9,7 +9,9 @@ In a layer, each step being x = norm(x + f(x)):
     words       another MLP
 
 So words never see the picture but through queries, and without words nothing of the words' side
-exists: the connector of a language model, whose slots are what its queries became, projected.
+exists: the connector of a language model, whose slots are what its queries became, projected. It
+may be told words about each picture, which all of its queries and words see (InstructBLIP,
+arXiv:2305.06500, section 2.3); what became of them is dropped.
 Everything but that projection computes in f32, whatever `config.precision.compute` says, as
 published. There is no dropout.
 """
@@ -29,7 +31,7 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
-from vlm_jax.nn import stack
+from vlm_jax.nn import pool, stack
 from vlm_jax.nn.attention import Attention, Columns, Context, CrossAttention, make_context
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import MLP
@@ -91,6 +93,19 @@ def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarra
   """i32[k]: the queries, whatever the size of the picture; those of each frame behind another."""
   del height, width
   return np.arange(frames * config.latents, dtype=np.int32)
+
+
+def uses(config: ConfigDict, path: str, features: int, words: int = 0) -> int:
+  """To how many places of one image a parameter is applied, with so many words beside the queries.
+  """
+  if path == "words":  # rows of it are read
+    return 0
+  if "/text_" in path:
+    return words
+  if "/cross" in path:
+    return pool.uses(path, config.latents, features)
+  alone = "/query_" in path or path.startswith("project/")
+  return config.latents + (0 if alone else words)
 
 
 @jax.tree_util.register_dataclass
@@ -185,13 +200,30 @@ class Model(nn.Module):
                    for number in range(every)))
     self.project = Linear((self.width,), ("embed", "mlp"), True, self.precision)
 
-  def __call__(self, features: Array, grid: tuple[int, int]) -> Array:
-    """f[B,N,P,D'] to f[B,N,K,width]; the grid does not matter."""
+  def __call__(self, features: Array, grid: tuple[int, int], words: Array | None = None) -> Array:
+    """f[B,N,P,D'] to f[B,N,K,width], told words i32[B,N,L] of `Media`; the grid does not matter."""
     del grid
     batch, images, places, width = features.shape
-    x, _ = self.read(self.ask(batch * images), None,
-                     features.reshape(batch * images, places, width))
+    features = features.reshape(batch * images, places, width)
+    if words is None:
+      x, _ = self.read(self.ask(batch * images), None, features)
+    else:
+      words = words.reshape(batch * images, -1)
+      x = self.hear(jnp.maximum(words, 0), (words >= 0).sum(1), features)
     return self.project(x).reshape(batch, images, -1, self.width)
+
+  def hear(self, words: Array, lengths: Array, features: Array) -> Array:
+    """What the queries f32[n,K,D] became that were told words.
+
+    Args:
+      words: i32[n,L].
+      lengths: i32[n], how many of them there are; the others are padding.
+      features: f[n,P,D'] of the pictures.
+    """
+    places = jnp.broadcast_to(jnp.arange(words.shape[1]), words.shape)
+    x = jnp.concatenate([self.ask(len(words)), self.spell(words, places)], axis=1)
+    x, _ = self.read(x, mask_of_told(lengths, self.config.latents, words.shape[1]), features)
+    return x[:, : self.config.latents]
 
   def ask(self, rows: int) -> Array:
     """The queries f32[rows,K,D]."""
@@ -238,6 +270,17 @@ def columns(config: ConfigDict, rows: int, slots: int) -> tuple[Columns, ...]:
   shape = (config.depth // config.cross_every, rows, slots, config.heads,
            config.slot_width // config.heads)
   return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.cross_every))
+
+
+def mask_of_told(lengths: Array, queries: int, length: int) -> IntervalMask:
+  """All queries and the words of a text see one another.
+
+  Args:
+    lengths: i32[n], of the texts.
+    queries, length: K, and L slots of a text.
+  """
+  hi = jnp.broadcast_to(queries + lengths[:, None], (len(lengths), queries + length))
+  return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
 
 
 def check(config: ConfigDict) -> None:

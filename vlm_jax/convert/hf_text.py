@@ -16,12 +16,15 @@ from ml_collections import ConfigDict
 from vlm_jax.convert import processor, safetensors_io
 from vlm_jax.core.errors import DataError, UsageError, UserError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.writing import copy
+from vlm_jax.core.layout import TOLD
+from vlm_jax.core.writing import copy, new_directory
 from vlm_jax.data import published
 from vlm_jax.data import tokenizer as our
+from vlm_jax.data.instruction import Reader
 from vlm_jax.data.tokenizer import Tokenizer
 
 TOKENIZER, FOLDER = "tokenizer.json", "tokenizer"
+READER = "qformer_tokenizer"  # the folder of what a connector reads with, there and in a run
 # A picture before the first word comes before the mark of its turn, as `generate` asks.
 CHAT = (
   "{%- macro parts(content, mark) -%}{%- set said = namespace(yet=false) -%}"
@@ -90,6 +93,29 @@ def keep(directory: Path, folder: Path) -> None:
     safetensors_io.write_json(path, settings | more)
 
 
+def adopt_reader(directory: Path, config: ConfigDict, folder: Path) -> None:
+  """Puts a checkpoint's second tokenizer, if its model has one, into a folder and uses it.
+
+  Args:
+    directory: of the checkpoint.
+    config: of its model; `data.instruction_tokenizer` is changed.
+    folder: of the run; what is there already stays.
+
+  Raises:
+    DataError: there is none, or it is damaged.
+    DiskError: it cannot be written.
+  """
+  if TOLD not in find_fusion(config).fields(config):
+    return
+  path = folder / READER
+  config.data.instruction_tokenizer = str(path)
+  if not path.exists():
+    published.read(directory / READER)
+    with new_directory(path, "config.data.instruction_tokenizer") as made:
+      for file in published.paths(directory / READER):
+        copy(file, made)
+
+
 def _image(directory: Path, found: published.Published) -> str | None:
   """The token of a picture: named by the tokenizer, ours, or numbered by config.json."""
   if token := found.token("image_token"):
@@ -127,6 +153,8 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
       **({"bos_token_id": tokenizer.bos} if tokenizer.bos >= 0 else {}),
       "eos_token_id": stops[0] if len(stops) == 1 else list(stops),
       "pad_token_id": tokenizer.pad, "do_sample": False})
+  if tokenizer.reader is not None:
+    _write_reader(directory, config, tokenizer.reader)
   of = config.fusion.name
   if of not in PROCESSORS or (directory / "processor_config.json").exists():
     return
@@ -137,6 +165,22 @@ def write(directory: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     "vision_feature_select_strategy": "default" if tower.class_token else "full",
     "num_additional_image_tokens": int(tower.class_token),
   })
+
+
+def _write_reader(directory: Path, config: ConfigDict, reader: Reader) -> None:
+  """Writes the tokenizer of what a connector reads, and which processor uses both."""
+  folder, path = directory / READER, config.data.instruction_tokenizer
+  folder.mkdir()
+  if os.path.isdir(path):
+    for file in published.paths(path):
+      copy(file, folder)
+  else:
+    reader.inner.save(str(folder / TOKENIZER))
+    safetensors_io.write_json(folder / "tokenizer_config.json", {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "model_max_length": config.data.instruction_tokens, "clean_up_tokenization_spaces": False})
+  safetensors_io.write_json(directory / "processor_config.json", {
+    "processor_class": "InstructBlipProcessor", "num_query_tokens": config.connector.latents})
 
 
 def _drop_images(path: Path) -> None:

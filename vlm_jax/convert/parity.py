@@ -3,6 +3,7 @@
 The only file of the package that may load PyTorch, and only when it is asked to.
 """
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vlm_jax.core import pieces
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.errors import DataError
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, find_llm
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.tree import flatten
 from vlm_jax.core.typing import Params
@@ -23,7 +24,7 @@ from vlm_jax.data import images
 from vlm_jax.data.pack import Packer
 
 TOLERANCE = 2e-4  # max|a - b| / max|b| of the logits
-WORDS = 9
+WORDS, START = 9, 0  # the second opens what a decoder behind an encoder says, as in ours
 
 
 def available() -> bool:
@@ -77,13 +78,18 @@ def logits(directory: Path, config: ConfigDict, params: Params, image_token: int
 
 
 def _document(config: ConfigDict, image_token: int) -> Encoded:
-  """A picture, wider than high, and random words, all of them predicted."""
+  """A picture, wider than high, and random words, predicted but for the prompt of an encoder."""
   rng, side = np.random.default_rng(0), config.tower.image_size
   pixels = rng.integers(0, 256, (side, side + side // 2, 3)).astype(np.uint8)
   picture = images.picture(pixels, side, images.decoding(config))
+  if config.connector.vocab_size:  # which are read where the strategy tells them
+    length = min(WORDS, config.data.instruction_tokens)
+    told = rng.integers(1, config.connector.vocab_size, length).astype(np.int32)
+    picture = dataclasses.replace(picture, words=told)
   words = np.setdiff1d(np.arange(6, config.llm.vocab_size), image_token)
   ids = rng.choice(words, WORDS).astype(np.int32)
-  return Encoded((picture, Tokens(ids, np.ones(len(ids), bool))), "", "parity")
+  read = WORDS // 2 if find_llm(config).KIND == "encoder-decoder" else 0
+  return Encoded((picture, Tokens(ids, np.arange(WORDS) >= read)), "", "parity")
 
 
 def _ours(config: ConfigDict, params: Params, document: Encoded) -> np.ndarray:
@@ -105,12 +111,16 @@ def _theirs(directory: Path, config: ConfigDict, document: Encoded, image_token:
   model = transformers.AutoModelForImageTextToText.from_pretrained(
     directory, dtype=torch.float32).eval()
   picture, words = document.parts
-  slots = len(find_fusion(config).order(config, picture))
-  tokens = np.concatenate([np.full(slots, image_token), words.ids])[None].astype(np.int64)
+  slots, reads = len(find_fusion(config).order(config, picture)), not words.loss.all()
+  read = words.ids[~words.loss] if reads else words.ids
+  tokens = np.concatenate([np.full(slots, image_token), read])[None].astype(np.int64)
   values = (np.stack(picture.squares) / 255 - np.asarray(config.tower.mean)) / np.asarray(
     config.tower.std)
   inputs = {"input_ids": torch.from_numpy(tokens),
             "pixel_values": torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))}
+  if reads:
+    said = np.append(START, words.ids[words.loss])
+    inputs["decoder_input_ids"] = torch.from_numpy(said)[None].long()
   if picture.tiles:
     inputs["pixel_values"] = inputs["pixel_values"][None]
     inputs["image_sizes"] = torch.tensor([picture.tiles.size])
@@ -119,6 +129,8 @@ def _theirs(directory: Path, config: ConfigDict, document: Encoded, image_token:
     inputs["image_attention_mask"] = torch.ones(1, tokens.shape[1], 1, dtype=torch.long)
   if model.config.model_type == "paligemma":  # which is another model without them
     inputs["token_type_ids"] = torch.arange(tokens.shape[1])[None].ge(slots).long()
+  if model.config.model_type == "instructblip":
+    inputs["qformer_input_ids"] = torch.from_numpy(picture.words)[None].long()
   with torch.no_grad():
     out = model(**inputs)
   return out.logits[0].float().numpy()

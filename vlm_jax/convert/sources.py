@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from vlm_jax.convert import (
   big_vision,
+  blip2,
   gguf,
   gguf_llama,
+  lavis,
   llava,
   nodes,
   npz,
@@ -66,7 +68,10 @@ def open_source(path: str | os.PathLike) -> Iterator[table.Source]:
     raise UsageError(f"{path}: weights are read from a directory of safetensors or a file named "
                      f"{', '.join(filter(None, READERS))}")
   with READERS[suffix](path) as reader:
-    yield gguf_llama.Source(reader) if isinstance(reader, gguf.Reader) else reader
+    if isinstance(reader, gguf.Reader):
+      yield gguf_llama.Source(reader)
+    else:
+      yield lavis.View(reader) if lavis.is_written_in(reader.shapes) else reader
 
 
 def load_npz(path: str | os.PathLike, config: ConfigDict, shapes: Mapping[str, table.Shape],
@@ -105,6 +110,49 @@ def load_npz(path: str | os.PathLike, config: ConfigDict, shapes: Mapping[str, t
     raise DataError(f"config.fusion.init={path}: {error}") from error
 
 
+def load_pth(path: str | os.PathLike, config: ConfigDict, shapes: Mapping[str, table.Shape],
+             dtype: np.dtype) -> dict[str, np.ndarray]:
+  """The parameters of a BLIP-2 that LAVIS wrote, as far as the file has them.
+
+  Args:
+    path: of a .pth, `config.fusion.init`.
+    config, shapes, dtype: as in `load_npz`.
+
+  Returns:
+    Path to array. Where the file lacks what its stage does not train, `config.tower.init` or
+    `config.llm.init` must name it; a second stage that begins draws its projection.
+
+  Raises:
+    UsageError: the strategy is no BLIP-2, or what is lacking is not named.
+    DataError: the tensors are not those of the model.
+  """
+  field, name = f"config.fusion.init={path}", config.fusion.name
+  if name not in blip2.FUSIONS:
+    raise UsageError(f"{field}: of .pth files those of LAVIS are known, whose models are "
+                     f"{', '.join(blip2.FUSIONS)}, and config.fusion.name is '{name}'; name the "
+                     "weights of its modules (config.tower.init, config.llm.init)")
+  try:
+    with open_source(path) as source:
+      if not isinstance(source, lavis.View):
+        raise DataError("weights: no key begins with 'Qformer.', so LAVIS did not write them")
+      lavis.check_tied(source)
+      rows = table.entries((*blip2.parts(config), ("", "", lavis.KEYS)), shapes)
+      for node, pattern in lavis.APART.items():
+        mine = {row.key.partition("[")[0] for row in rows if pattern.fullmatch(row.path)}
+        if mine & source.shapes.keys():
+          continue
+        if mine and node != "connector" and not config[node].init:
+          raise UsageError(f"{field} has no {node}, which its stage did not train; name the "
+                           f"weights of it by config.{node}.init")
+        rows = [row for row in rows if not pattern.fullmatch(row.path)]
+      copies = getattr(fusion.find_llm(config), "UNREAD", ())
+      left = (*filter(lavis.FIRST.fullmatch, source.shapes), *(blip2.LLM + key for key in copies))
+      tied = blip2.HEAD if config.llm.tie_embeddings else None
+      return flatten(nodes.load(source, rows, tied, unread=left, dtype=dtype))
+  except DataError as error:
+    raise DataError(f"{field}: {error}") from error
+
+
 def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
               shapes: Mapping[str, table.Shape], dtype: np.dtype, field: str = ""
               ) -> dict[str, np.ndarray]:
@@ -140,9 +188,12 @@ def load_node(path: str | os.PathLike, node: str, config: ConfigDict,
       view = find(source, keys, shapes)
       if node == "llm":
         _check_vocabulary(view, keys, config)
-      entries = table.entries((("", "", keys),), shapes)
       left, more = unread(keys, shapes), getattr(module, "UNREAD", ())
-      return flatten(table.load(view, entries, unread=lambda key: left(key) or key in more,
+      beside = lambda key: key in more
+      if isinstance(source, lavis.View) and node == "tower":
+        shapes, beside = lavis.tower(view, shapes, config.tower.depth)
+      entries = table.entries((("", "", keys),), shapes)
+      return flatten(table.load(view, entries, unread=lambda key: left(key) or beside(key),
                                 dtype=dtype))
   except DataError as error:
     raise DataError(f"config.{field or node}.init={path}: {error}") from error

@@ -39,6 +39,7 @@ from vlm_jax.convert import (
   coca,
   hf_text,
   idefics,
+  instructblip,
   llava,
   nodes,
   paligemma,
@@ -58,7 +59,7 @@ from vlm_jax.core.writing import new_directory, write_atomically
 from vlm_jax.data import pipeline
 
 CONFIG = "config.json"
-CONVERTERS = (blip2, coca, idefics, llava, paligemma, two_towers)
+CONVERTERS = (blip2, coca, idefics, instructblip, llava, paligemma, two_towers)
 
 
 def is_published(directory: str | os.PathLike) -> bool:
@@ -316,20 +317,23 @@ def adopt_tokenizer(directory: str | os.PathLike, config: ConfigDict, folder: st
 
   Args:
     directory: of the checkpoint.
-    config: of its model; `data.tokenizer` and `data.template` are changed.
+    config: of its model; `data.tokenizer`, `data.template` and, where a connector reads,
+      `data.instruction_tokenizer` are changed.
     folder: made if missing; of this checkpoint alone.
 
   Returns:
     A line for every mark that the model has yet to learn, see `hf_text.adopt`.
 
   Raises:
-    UsageError, DataError: as `hf_text.read` and `pipeline.load_tokenizer`.
+    UsageError, DataError: as `hf_text.read`, `hf_text.adopt_reader` and
+      `pipeline.load_tokenizer`.
     DiskError: it cannot be written.
   """
   directory = Path(directory)
   kept, new = hf_text.convention(directory, config), []
   path = Path(folder) / (hf_text.FOLDER if kept else hf_text.TOKENIZER)
   config.data.tokenizer = str(path)
+  hf_text.adopt_reader(directory, config, Path(folder))
   if kept:
     config.data.template = kept
     if not path.exists():

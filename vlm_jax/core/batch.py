@@ -47,11 +47,14 @@ class Media:
     segment_ids: i32[B,N], 0: empty.
     grid: i32[B,N,2], rows and columns of the patches of each image, which then stand in `values`
       one behind the other, and padding behind them; None: every image fills its square.
+    words: i32[B,N,L], what a connector that reads is told about each image, in ids of its own
+      tokenizer, -1 behind the last; None: it is told nothing.
   """
 
   values: Array
   segment_ids: Array
   grid: Array | None = None
+  words: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -92,12 +92,14 @@ class Pixels:
 
   With a `grid`, rows and columns of patches, `values` holds the patches of the image one behind the
   other in the reading order of the square, and black behind the last (NaFlex, arXiv:2502.14786).
+  `words` i32[l] are what a connector that reads is told about it, in ids of its own tokenizer.
   """
 
   values: np.ndarray
   turn: int = 0
   tiles: Tiles | None = None
   grid: tuple[int, int] | None = None
+  words: np.ndarray | None = None
 
   @property
   def squares(self) -> list[np.ndarray]:

@@ -122,7 +122,8 @@ class Fusion(Protocol):
   """What a module in `vlm_jax/fusion` offers.
 
   Where ids have rows behind the language model's vocabulary, vocabulary(config) says how many there
-  are in all. It may also name in BIASED the masks whose logits get a bias, which not every kernel
+  are in all; unread(config) gives patterns of parameters that nothing it computes depends on, which
+  never train. It may also name in BIASED the masks whose logits get a bias, which not every kernel
   can add, in RUNS the runs of layers of its own that a cache belongs to, and in GLOBAL the
   objectives that compare documents of the whole batch: they have no meaning for a part of it, so
   they accumulate over cached embeddings (`train/accumulate.py`). UNDIVIDED names those that compare
@@ -133,6 +134,13 @@ class Fusion(Protocol):
   One that speaks and embeds says EMBEDS = True and returns an `Output` with embeddings; the
   `losses` of plain `Embeddings` are those of GLOBAL. One that speaks without a language model has
   an empty_cache(config, rows, columns, dtype) of its own.
+
+  Two more functions are optional, for what the language model, tower and connector cannot say of
+  themselves:
+
+    uses(config, path)         to how many places of one slot a parameter is applied, by names of
+                               slots as "images/images"; None: see `train.metrics.Work`
+    attention_shapes(config)   mask name to (layers, H, C) of layers of its own that execute it
   """
 
   Model: type
@@ -168,7 +176,7 @@ class Tower(Protocol):
   returns Features. `config` below is `config.tower`. Two functions are optional:
 
     uses(config, path)        to how many places of one image a parameter of the tower is applied;
-                              left out: to every place of the grid
+                              left out: to every place of the grid, and for one query in "pool"
     attention_shape(config)   (T, H, G, C) of the tower's attention; left out: it has none
   """
 
@@ -185,7 +193,11 @@ class Connector(Protocol):
   """What a module in `vlm_jax/connectors` offers.
 
   Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
-  (height, width), and returns f[B,N,K,width]. `config` below is `config.connector`.
+  (height, width), and returns f[B,N,K,width]; one that reads also with the words i32[B,N,L] of
+  `Media`, if the batch has any. `config` below is `config.connector`. Optional:
+
+    uses(config, path, features)  to how many places of one image a parameter is applied, of
+                                  `features` there are; left out: to every slot
   """
 
   Model: type

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from vlm_jax.core.document import Document, Encoded, Image, Pixels
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.fusion import find_fusion, vocabulary
-from vlm_jax.core.layout import Layout, split
-from vlm_jax.data import augment, files, images, records, template, tokenizer
+from vlm_jax.core.layout import TOLD, Layout, split
+from vlm_jax.data import augment, files, images, instruction, records, template, tokenizer
 from vlm_jax.data.bad import Bad, BadExample
 from vlm_jax.data.sources import (
   Format,
@@ -47,9 +47,11 @@ def generator(config: ConfigDict, name: str, epoch: int, index: int) -> np.rando
 def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
   """The tokenizer of `config.data.tokenizer`, or the one `data prepare` trained.
 
+  Where a connector reads, too, it has the connector's as its `reader`.
+
   Raises:
     DataError: there is none, or it cannot be read.
-    UsageError: it has more tokens than the model has rows. A model may have more rows than tokens:
+    UsageError: one has more tokens than the model has rows. A model may have more rows than tokens:
       published ones are padded to a round number.
   """
   path = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
@@ -58,7 +60,27 @@ def load_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
     raise UsageError(f"{path} has {loaded.vocab_size} tokens but config.llm.vocab_size is "
                      f"{config.llm.vocab_size}; set it to {loaded.vocab_size} or choose another "
                      "config.data.tokenizer")
+  if told := find_fusion(config).fields(config).get(TOLD):
+    loaded.reader = _reader(config, loaded, told.shape[0])
   return loaded
+
+
+def _reader(config: ConfigDict, speaks: tokenizer.Tokenizer, length: int) -> instruction.Reader:
+  """The tokenizer of what a connector reads; without one of its own it reads as the model speaks.
+
+  Raises:
+    DataError: as `instruction.load`.
+    UsageError: it has more tokens than the connector has rows.
+  """
+  path, rows = config.data.instruction_tokenizer, config.connector.vocab_size
+  reader = instruction.load(path, length) if path else instruction.Reader(
+    lambda text: speaks.encode(text)[:length], speaks.vocab_size, speaks.inner)
+  if reader.vocab_size > rows:
+    whose = path or "the language model's tokenizer (config.data.instruction_tokenizer is '')"
+    raise UsageError(f"{whose} has {reader.vocab_size} tokens but config.connector.vocab_size is "
+                     f"{rows}; set config.data.instruction_tokenizer to the connector's own, or "
+                     f"config.connector.vocab_size to {reader.vocab_size}")
+  return reader
 
 
 def image_decoder(config: ConfigDict) -> template.DecodeImage:

@@ -13,7 +13,7 @@ WHOLE = 1 << 28  # bytes; of a larger file of one's own only the size is told
 
 
 def files_of(config: ConfigDict, name: str, split: str) -> dict[str, dict[str, Any]]:
-  """Path to {"bytes", "sha256"} of the files behind one split of a source, and of the tokenizer.
+  """Path to {"bytes", "sha256"} of the files behind one split of a source, and of tokenizers.
 
   Prepared files are told by their manifest. Of a user's own file above `WHOLE` bytes there is no
   digest, and TFDS is told by its name alone.
@@ -34,8 +34,10 @@ def files_of(config: ConfigDict, name: str, split: str) -> dict[str, dict[str, A
     entry = files.of_split(entry, split)
     own = [path for pattern in (entry.path, entry.annotations) if pattern
            for path in files.paths(pattern, "")]
-  words = config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER)
-  own += published.paths(words) if os.path.isdir(words) else [words]
+  words = [config.data.tokenizer or os.path.join(config.data.root, records.TOKENIZER),
+           *filter(None, [config.data.instruction_tokenizer])]
+  for path in words:
+    own += published.paths(path) if os.path.isdir(path) else [path]
   for path in own:
     found = os.stat(path)
     told[path] = _described(path, found.st_size, found.st_mtime_ns)

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.data import chat
+from vlm_jax.data.instruction import Reader
 from vlm_jax.data.published import Published
 from vlm_jax.data.published import read as read_published
 
@@ -20,9 +21,12 @@ PAD, BOS, EOS, USER, ASSISTANT, IMAGE = SPECIALS = (
 # behind <bos>, the answer behind a line break that is no part of either; CLIP (arXiv:2103.00020,
 # section 2.4): <bos> words <eos>, and no turns. "plain", as LLaVA's first stage shows pictures to a
 # language model that was only ever given text: <bos> opens the document, before a picture too, as
-# all that the model has read begins so; every part is a line.
+# all that the model has read begins so; every part is a line. "open_flamingo" (arXiv:2308.01390):
+# words open turns (`ASKED`), and a mark closes what is said about each picture.
+CHUNK, CHUNKS = "<|endofchunk|>", "open_flamingo"
 TEMPLATES = {"marks": (USER, ASSISTANT), "newline": (BOS, "\n"), "caption": (BOS, BOS),
-             "plain": ("\n", "\n")}
+             "plain": ("\n", "\n"), CHUNKS: (CHUNK, CHUNK)}
+ASKED = {"user": "Question:", "assistant": " Short answer:"}
 CHECKPOINT = "checkpoint"  # the chat template among the files of a published tokenizer
 SMALLEST = len(SPECIALS) + 256  # every byte has a token
 
@@ -48,10 +52,15 @@ class Tokenizer:
     first: id of what opens a document, -1 for nothing.
     user, assistant, alone: ids of what opens their turns and a text of nobody's, where no chat
       template writes them.
+    chunk: id of what stands behind what is said about a picture, -1: nothing does.
+    closing: id of what closes an answer.
     chat: the chat template, None where single tokens open turns.
     stops: what ends an answer.
     vocab_size: number of ids.
+    reader: the tokenizer of a connector that reads beside the language model, None: none does.
   """
+
+  reader: Reader | None = None
 
   def __init__(self, inner: tokenizers.Tokenizer, template: str = "marks",
                published: Published | None = None, length: int = 0):
@@ -67,9 +76,10 @@ class Tokenizer:
     if published:
       eos = published.token("eos_token")
       marks = (published.token("pad_token") or eos, published.token("bos_token"), eos,
-               published.token("image_token") or IMAGE)
+               published.token("image_token") or IMAGE,
+               *(TEMPLATES[template] if template == CHUNKS else ()))
     # Byte-level and sentencepiece vocabularies spell a line break differently.
-    single = lambda token: (inner.token_to_id(token) if published or token in SPECIALS
+    single = lambda token: (inner.token_to_id(token) if published or token in (*SPECIALS, CHUNK)
                             else _one(inner, token))
     ids = [None if token is None else single(token) for token in marks]
     optional = (1, 3) if published else ()
@@ -81,7 +91,11 @@ class Tokenizer:
     self.pad, self.bos, self.eos, self.image, *turns = (
       -1 if number is None else number for number in ids)
     self.user, self.assistant = turns or (-1, -1)
+    self.chunk = self.user if template == CHUNKS else -1
     self.first = self.bos if template == "plain" else -1
+    if template == CHUNKS:  # what the tokenizer itself puts before a text
+      said = inner.encode("a")
+      self.first = said.ids[0] if said.special_tokens_mask[0] else -1
     self.alone = self.user if template == "plain" else self.bos
     self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
     self.specials = tuple(token.content for token in inner.get_added_tokens_decoder().values()
@@ -89,7 +103,8 @@ class Tokenizer:
     self.chat = None if template in TEMPLATES else chat.Template(
       template, self._roles(marks), self.specials)
     ends = {inner.token_to_id(token) for token in self.chat.ends} if self.chat else set()
-    self.stops = tuple(sorted(ends | {self.eos}))
+    self.closing = self.chunk if self.chunk >= 0 else self.eos
+    self.stops = tuple(sorted(ends | {self.eos, self.closing}))
     inner.encode_special_tokens = self.chat is None
     self._cached = functools.lru_cache(maxsize=4096)(self._encode)
 
@@ -113,6 +128,13 @@ class Tokenizer:
   def _prepared(self, text: str) -> str:
     return self._published.prepared(text) if self._published else text
 
+  def opening(self, role: str) -> list[int]:
+    """The ids that open a part of a role; a published tokenizer may have none for a page."""
+    if self.chunk >= 0:
+      return self.encode(ASKED.get(role, ""))
+    mark = {"user": self.user, "assistant": self.assistant}.get(role, self.alone)
+    return [mark] if mark >= 0 else []
+
   def page(self, text: str) -> tuple[list[int], int, int]:
     """The ids of a text that stands alone, how many of them open it, and how many close it.
 
@@ -120,6 +142,8 @@ class Tokenizer:
     cut and padded to the length of all, and so that a page of what speaks comes to an end, it is
     closed even if it is not so there.
     """
+    if self.chunk >= 0:
+      return [*self.encode(text), self.chunk, self.eos], 0, 2
     if not self._published:
       return [self.alone, *self.encode(text), self.eos], 1, 1
     inner, length = self._reader(text), self._length
@@ -226,7 +250,7 @@ def _template(template: str, path: str, published: Published | None) -> str:
                        "is no directory with a chat template; name one, or write the template")
     return published.chat
   if template in TEMPLATES:
-    if published and template != "caption":
+    if published and template not in ("caption", CHUNKS):
       raise UsageError(f"config.data.template is '{template}', but config.data.tokenizer {path} is "
                        f"a directory of a checkpoint; use '{CHECKPOINT}' or a chat template, or "
                        "name the tokenizer.json in it")

@@ -12,12 +12,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import Layout
+from vlm_jax.core.layout import Layout, streams_of
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.generate.prompts import by_length, layouts, stack
 from vlm_jax.ops.losses import token_log_likelihoods
 
-BUCKET = 128  # rows are padded to a multiple of this, so that few programs are compiled
+# Rows are padded to a multiple of the first, short ones of the second: few programs are compiled,
+# and the options of a small question are not mostly padding.
+BUCKET, FINE = 128, 32
 OBJECTIVE = "lm"
 
 
@@ -44,7 +46,7 @@ def logits_of_layouts(
   """Yields (number of the document, logits f32[t,V] of its slots); see `of_layouts`."""
   frozen, stream = FrozenConfigDict(config), find_fusion(config).STREAM
   for chosen in by_length(laid_out, rows):
-    flat = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET).flat
+    flat = _stacked([laid_out[i] for i in chosen], config, rows)
     found = np.asarray(logits(frozen, params, flat))
     for row, index in enumerate(chosen):
       yield index, found[row, : laid_out[index].sizes[stream]]
@@ -67,12 +69,19 @@ def of_layouts(
   """
   frozen, stream = FrozenConfigDict(config), find_fusion(config).STREAM
   for chosen in by_length(laid_out, rows):
-    flat = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET).flat
+    flat = _stacked([laid_out[i] for i in chosen], config, rows)
     log_p = np.asarray(log_likelihoods(frozen, params, flat))
     for row, index in enumerate(chosen):
       size = laid_out[index].sizes[stream]
       weight = flat[f"streams/{stream}/loss_weights/{OBJECTIVE}"][row, :size]
       yield index, log_p[row, :size], weight > 0
+
+
+def _stacked(laid_out: Sequence[Layout], config: ConfigDict, rows: int) -> dict[str, np.ndarray]:
+  """The arrays of documents of about equal length, each in its own row."""
+  streams = streams_of(laid_out[0].arrays)
+  longest = max(layout.sizes[stream] for layout in laid_out for stream in streams)
+  return stack(laid_out, config, rows=rows, bucket=FINE if longest <= BUCKET else BUCKET).flat
 
 
 def of_branches(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: int

@@ -36,6 +36,7 @@ compares inside the model, so a step of it cannot be accumulated.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -50,6 +51,7 @@ from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_tower
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.precision import Precision, precision
 from vlm_jax.core.typing import Array
+from vlm_jax.fusion import clip
 from vlm_jax.fusion.clip import TEXT, axes, fields, layout, order, pairs, rows, there, unit
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import activation
@@ -59,7 +61,7 @@ from vlm_jax.ops import contrastive
 from vlm_jax.ops.losses import source_sums, token_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "UNDIVIDED", "Model", "axes", "fields", "layout",
-           "losses", "order", "rows", "voice", "weights"]
+           "losses", "order", "rows", "uses", "voice", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
@@ -97,6 +99,23 @@ class Bridged(Embeddings):
   matches: Array | None = None
   hidden: Array | None = None
   head: Array | None = None
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """Queries and words go through the Q-Former once, and three times more to be told apart."""
+  top, _, inner = path.partition("/")
+  image, text, wanted = "images/images", f"texts/{TEXT}", config.fusion.objectives
+  length, count = config.llm.positions, config.connector.latents
+  others, says = PAIRS * ("itm" in wanted), int("itg" in wanted)
+  if path == "connector/words":  # which are also what a said word is chosen by
+    return {text: length * says}
+  if top == "connector":
+    grid = math.prod(find_tower(config).grid(config.tower))
+    seen, read = (qformer.uses(config.connector, inner, grid, words) for words in (0, length))
+    return {image: seen * (1 + others), text: (read - seen) * (1 + says + others)}
+  if top in ("caption", "match"):
+    return {text: length} if top == "caption" else {image: count * others}
+  return clip.uses(config, path) if top != "image_projection" else {image: count}
 
 
 def losses(output: Embeddings, batch: Batch, config: ConfigDict) -> dict[str, Array]:
@@ -177,12 +196,6 @@ def mask_of_both(lengths: Array, queries: int, length: int, says: bool) -> Inter
     jnp.concatenate([row(part[field], len(part[0])) for part in parts], axis=1)
     for field in range(3))
   return IntervalMask(lo, hi, k_index=index)
-
-
-def mask_of_match(lengths: Array, queries: int, length: int) -> IntervalMask:
-  """All queries and the words of a text see one another: itm."""
-  hi = jnp.broadcast_to(queries + lengths[:, None], (len(lengths), queries + length))
-  return IntervalMask(jnp.zeros_like(hi), hi.astype(jnp.int32))
 
 
 def voice(config: ConfigDict) -> str:
@@ -289,13 +302,8 @@ class Model(Configured):
 
   def _match(self, features: Array, words: Array) -> Array:
     """f32[n,2], the logits of pairs of pictures f[n,P,D] and texts i32[n,L]."""
-    count, lengths = self.config.connector.latents, (words > 0).sum(1)
     features = jnp.broadcast_to(features, (len(words), *features.shape[1:]))
-    places = jnp.broadcast_to(jnp.arange(words.shape[1]), words.shape)
-    x = jnp.concatenate(
-      [self.connector.ask(len(words)), self.connector.spell(words, places)], axis=1)
-    x, _ = self.connector.read(x, mask_of_match(lengths, count, words.shape[1]), features)
-    return self.match(x[:, :count]).mean(axis=1)
+    return self.match(self.connector.hear(words, (words > 0).sum(1), features)).mean(axis=1)
 
   def _compare(self, output: Bridged, batch: Batch, features: Array, words: Array,
                rng: Array | None) -> Array:

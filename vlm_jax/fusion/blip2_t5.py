@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.core.batch import Stream
+from vlm_jax.core.batch import Media, Stream
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.layout import Layout, write_slots
 from vlm_jax.core.typing import Array
@@ -83,6 +83,6 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
 class Model(simvlm.Model):
   """Tower, Q-Former, and an encoder-decoder that reads the queries among its tokens."""
 
-  def _see(self, x: Array, stream: Stream, values: Array) -> tuple[Array, None]:
-    table = media_table(values, self.config)
+  def _see(self, x: Array, stream: Stream, media: Media) -> tuple[Array, None]:
+    table = media_table(media, self.config)
     return jnp.where((stream.fill >= 0)[..., None], take_rows(table, stream.fill), x), None

@@ -86,6 +86,14 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   return rows(config)
 
 
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """Projections are applied once to a picture and to a text."""
+  del config
+  projected = {"image_projection": "images/images", "text_projection": f"texts/{TEXT}"}
+  name = projected.get(path.partition("/")[0])
+  return {name: 1} if name else None
+
+
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
   """The picture and the text of a document; a text that is too long keeps its last token.
 

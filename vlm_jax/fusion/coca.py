@@ -72,13 +72,13 @@ from vlm_jax.core.layout import (
 from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
-from vlm_jax.fusion import concat
+from vlm_jax.fusion import clip, concat
 from vlm_jax.fusion.clip import CEILING, GLOBAL, TEXT, at_most, contrast, digest, unit
 from vlm_jax.fusion.concat import STREAM
+from vlm_jax.nn import pool
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.model import Configured
 from vlm_jax.nn.norms import LayerNorm
-from vlm_jax.nn.pool import AttentionPool
 from vlm_jax.ops.contrastive import Pairs, softmax_losses
 from vlm_jax.ops.gather import take_rows
 
@@ -117,6 +117,22 @@ def rows(config: ConfigDict) -> np.ndarray:
   height, width = find_tower(config).grid(config.tower)
   slots = find_connector(config).slots(config.connector, 1, height, width)
   return slots[: len(slots) - 1] if config.fusion.pooling == "shared" else slots
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """A second pooler has one query; the second half has no summaries, and reads pooled rows."""
+  top, _, inner = path.partition("/")
+  image, pooled = "images/images", len(rows(config))
+  if top == "contrast_pool":
+    patches = math.prod(find_tower(config).grid(config.tower))
+    features = pooled if config.fusion.pooling == "cascade" else patches
+    return {image: pool.uses(inner, 1, features)}
+  if top == "pooled_norm":
+    return {image: pooled + 1}
+  if top == "llm" and inner.startswith("second/"):
+    read = {"key", "value", "memory_norm"} & set(inner.split("/")) and "attention" not in inner
+    return {image: pooled} if read else {f"tokens/{STREAM}": 1}
+  return clip.uses(config, path)
 
 
 def check(config: ConfigDict) -> None:
@@ -304,8 +320,9 @@ class Model(Configured):
       table = LayerNorm(poolers.norm_eps, dtypes, name="pooled_norm")(table)
       image, table = table[:, :, 0], table[:, :, 1:]
     else:
-      pool = AttentionPool(1, width, poolers.heads, poolers.norm_eps, dtypes, name="contrast_pool")
-      image = pool(table if config.fusion.pooling == "cascade" else x)[:, :, 0]
+      pooler = pool.AttentionPool(1, width, poolers.heads, poolers.norm_eps, dtypes,
+                                  name="contrast_pool")
+      image = pooler(table if config.fusion.pooling == "cascade" else x)[:, :, 0]
     return table.reshape(table.shape[0], -1, width), image
 
 

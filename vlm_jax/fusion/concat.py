@@ -34,7 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core import mask as masks
-from vlm_jax.core.batch import Batch, Stream
+from vlm_jax.core.batch import Batch, Media, Stream
 from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import Cache, Output, Stage, find_connector, find_llm, find_tower
@@ -239,21 +239,22 @@ class Model(Configured):
     llm = language.Model(config.llm, config.attention, dtypes, name="llm")
     x = llm.embed(text.tokens)
     if "images" in batch.media:
-      table = media_table(batch.media["images"].values, config)
+      table = media_table(batch.media["images"], config)
       x = jnp.where((text.fill >= 0)[..., None], take_rows(table, text.fill), x)
     return llm(x, text.positions, mask, cache)
 
 
-def media_table(values: Array, config: ConfigDict, width: int = 0) -> Array:
-  """Pixels u8[B,N,Height,Width,3] to the media table f[B,R,width], R = N * K; 0: as wide as text.
+def media_table(media: Media, config: ConfigDict, width: int = 0) -> Array:
+  """N images to the media table f[B,R,width], R = N * K; 0: as wide as text.
 
   Called inside a compact module, which then has the submodules "tower" and "connector".
   """
   dtypes, tower = precision(config), find_tower(config)
-  features = tower.Model(config.tower, config.attention, dtypes, name="tower")(values)
+  features = tower.Model(config.tower, config.attention, dtypes, name="tower")(media.values)
   connector = find_connector(config).Model(config.connector, width or config.llm.width, dtypes,
                                            name="connector")
-  table = connector(features.patches, tower.grid(config.tower))
+  told = () if media.words is None else (media.words,)
+  table = connector(features.patches, tower.grid(config.tower), *told)
   batch, images, slots, width = table.shape
   if slots != len(rows(config)):
     raise ValueError(f"connector '{config.connector.name}': {slots} rows an image, but its slots "

@@ -66,8 +66,8 @@ from vlm_jax.nn.mlp import feed_forward
 from vlm_jax.nn.model import Configured
 from vlm_jax.nn.norms import norm
 
-__all__ = ["RUNS", "STAGES", "STREAM", "GatedLayer", "Model", "axes", "fields", "images_read",
-           "layout", "losses", "order", "rows", "vocabulary", "weights"]
+__all__ = ["RUNS", "STAGES", "STREAM", "GatedLayer", "Model", "attention_shapes", "axes", "fields",
+           "images_read", "layout", "losses", "order", "rows", "uses", "vocabulary", "weights"]
 
 STAGES = (
   Stage("all", (".*",)),
@@ -88,6 +88,17 @@ def fields(config: ConfigDict) -> dict[str, Field]:
 def vocabulary(config: ConfigDict) -> int:
   """Ids of the language model and new ones; the last stands where an image is."""
   return config.llm.vocab_size + config.fusion.new_tokens
+
+
+def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
+  """Keys and values of the gated layers are made of the rows of the table, not of the text."""
+  made = path.startswith(("bridge/attention/key", "bridge/attention/value"))
+  return {"images/images": len(rows(config))} if made else None
+
+
+def attention_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int]]:
+  """Layers, heads and channels of one of the attention to the table."""
+  return {"media": (_count(config), *heads_of(config))}
 
 
 def order(config: ConfigDict, image: Pixels) -> np.ndarray:
@@ -231,6 +242,17 @@ def heads_of(config: ConfigDict) -> tuple[int, int]:
   return bridge.heads or llm.heads, bridge.head_dim or llm.head_dim or llm.width // llm.heads
 
 
+def _count(config: ConfigDict) -> int:
+  """How many gated layers there are; none is a UsageError."""
+  every, first = config.bridge.every, config.bridge.first
+  count = stack.visits(config.llm.depth, every, first) if 0 <= first < every else 0
+  if not count:
+    raise UsageError(f"config.bridge.every is {every} and first {first}: of config.llm.depth = "
+                     f"{config.llm.depth} layers none has a gated one before it; use a first "
+                     "from 0 to every - 1 and below the depth")
+  return count
+
+
 class Model(Configured):
   """Vision tower, connector, and a language model with gated layers between its own."""
 
@@ -272,14 +294,9 @@ class Model(Configured):
   def _visitors(self, batch: Batch, cache: Cache | None, dtypes: Precision) -> stack.Visitors:
     """The gated layers, and what they read."""
     config, columns, table = self.config, None, None
-    every, first = config.bridge.every, config.bridge.first
-    count = stack.visits(config.llm.depth, every, first) if 0 <= first < every else 0
-    if not count:
-      raise UsageError(f"config.bridge.every is {every} and first {first}: of config.llm.depth = "
-                       f"{config.llm.depth} layers none has a gated one before it; use a first "
-                       "from 0 to every - 1 and below the depth")
+    count = _count(config)
     if "images" in batch.media:
-      table = concat.media_table(batch.media["images"].values, config, config.connector.width)
+      table = concat.media_table(batch.media["images"], config, config.connector.width)
     elif cache is not None:
       columns = cache.memory
     size: Any = table if columns is None else jax.tree.leaves(columns)[0]
@@ -287,7 +304,7 @@ class Model(Configured):
       batch.masks["media"], size.shape[-2 if columns is None else -3], dtypes))
     run = stack.run(GatedLayer, count, remat=config.llm.remat, config=config,
                     implementation=config.attention.implementation, precision=dtypes, name="bridge")
-    return stack.Visitors(run, every, first, columns, media)
+    return stack.Visitors(run, config.bridge.every, config.bridge.first, columns, media)
 
   def _context(self, mask: IntervalMask, keys: int, dtypes: Precision) -> Context:
     attention = self.config.attention

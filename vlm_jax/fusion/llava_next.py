@@ -164,7 +164,7 @@ class Model(Configured):
       newline = parameter(self, "newline", initializers.normal(width**-0.5), (width,), ("norm",),
                           dtypes.param)
       fill = text.fill[..., None]
-      table = media_table(batch.media["images"].values, config)
+      table = media_table(batch.media["images"], config)
       x = jnp.where(fill >= 0, take_rows(table, text.fill), x)
       x = jnp.where(fill == LEARNED, newline.astype(x.dtype), x)
     return llm(x, text.positions, mask, cache)

@@ -34,6 +34,7 @@ from vlm_jax.fusion.clip import (
   pool_text,
   rows,
   unit,
+  uses,
   weights,
 )
 from vlm_jax.nn.linear import Linear, parameter
@@ -41,7 +42,7 @@ from vlm_jax.nn.model import Configured
 from vlm_jax.ops.contrastive import sigmoid_losses
 
 __all__ = ["GLOBAL", "KEYS", "STAGES", "STREAM", "Model", "axes", "fields", "layout", "losses",
-           "order", "rows", "weights"]
+           "order", "rows", "uses", "weights"]
 
 # What is neither tower's: ours, theirs, operation (vlm_jax/convert/table.py).
 KEYS = (

@@ -52,7 +52,7 @@ import numpy as np
 from jax.nn import initializers
 from ml_collections import ConfigDict
 
-from vlm_jax.core.batch import Batch, Stream
+from vlm_jax.core.batch import Batch, Media, Stream
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import Cache, Output, Stage, find_llm, find_tower
@@ -286,17 +286,17 @@ class Model(Configured):
       stream = batch.streams[ENCODER]
       x, bias = llm.embed(stream.tokens, stream.positions, ENCODER), None
       if "images" in batch.media:
-        x, bias = self._see(x, stream, batch.media["images"].values)
+        x, bias = self._see(x, stream, batch.media["images"])
       memory = llm.encode(x, stream.positions, batch.masks[ENCODER], bias)
     stream = batch.streams[STREAM]
     x = llm.embed(stream.tokens, stream.positions, STREAM)
     return llm(x, stream.positions, memory, batch.masks[STREAM], batch.masks["cross"], cache)
 
-  def _see(self, x: Array, stream: Stream, values: Array) -> tuple[Array, Array]:
+  def _see(self, x: Array, stream: Stream, media: Media) -> tuple[Array, Array]:
     """Puts image rows with their positions into x f[B,S,D]; and the bias f32[B,H,S,S]."""
     config, dtypes = self.config, precision(self.config)
     grid = find_tower(config).grid(config.tower)
-    table = concat.media_table(values, config)
+    table = concat.media_table(media, config)
     places, width = grid[0] * grid[1], config.llm.width
     positions = parameter(self, "image_positions", initializers.normal(width**-0.5),
                           (places, width), ("position", "embed"), dtypes.param)

@@ -14,7 +14,8 @@ from vlm_jax.core.layout import Layout
 from vlm_jax.core.typing import Params
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.generate.decode import Generated, generate, stream
-from vlm_jax.generate.prompts import by_length, layouts, slots, stack
+from vlm_jax.generate.dialogue import Dialogue
+from vlm_jax.generate.prompts import by_length, layouts, open_ends, slots, stack
 from vlm_jax.generate.sampling import GREEDY, Sampling
 
 MARK = "<image>"  # in a prompt: the next picture stands here
@@ -93,6 +94,7 @@ def say(
   *,
   max_tokens: int,
   sampling: Sampling = GREEDY,
+  dialogue: Dialogue | None = None,
 ) -> Answer:
   """Answers one prompt of one open turn, and hands the answer out while it is being said.
 
@@ -100,23 +102,28 @@ def say(
     config, params, tokenizer, max_tokens, sampling: as in `answers`.
     prompt: the encoded prompt.
     write: gets the answer in pieces of whole characters.
+    dialogue: has read the prompt as far as it was said before; None: nothing of it.
 
   Raises:
-    UsageError: as in `answers`, or several open turns.
+    UsageError: as in `answers`, several open turns, or as `Dialogue.stream`.
   """
   check_tokens(max_tokens)
   config = speaking(config)
-  laid_out = layouts([prompt], config)
-  batch = stack(laid_out, config, rows=1, bucket=BUCKET)
-  if batch.ends.shape[1] > 1:
-    raise UsageError(f"document {prompt.key} has {batch.ends.shape[1]} open turns, which cannot be "
+  laid_out = layouts([prompt], config)[0]
+  turns = len(open_ends(laid_out, find_fusion(config).STREAM))
+  if turns > 1:
+    raise UsageError(f"document {prompt.key} has {turns} open turns, which cannot be "
                      "written out at once; give one question, or leave `write` out")
+  options = dict(max_tokens=max_tokens, stop=tokenizer.stops, sampling=sampling)
+  if dialogue is None:
+    pieces = stream(config, params, stack([laid_out], config, rows=1, bucket=BUCKET), **options)
+  else:
+    pieces = dialogue.stream(params, laid_out, bucket=BUCKET, **options)
   speaker = Speaker(tokenizer, write)
-  for said in stream(config, params, batch, max_tokens=max_tokens, stop=tokenizer.stops,
-                     sampling=sampling):
+  for said in pieces:
     speaker.update(said.tokens[0, 0, : said.lengths[0, 0]].tolist())
   speaker.finish()
-  return _answer(config, tokenizer, prompt, laid_out[0], said, 0, 0)
+  return _answer(config, tokenizer, prompt, laid_out, said, 0, 0)
 
 
 def check_tokens(max_tokens: int) -> None:

@@ -82,20 +82,19 @@ class Context:
   active: Array
 
 
-def make_context(module: Fusion, config: ConfigDict, batch: Batch, ends: Array,
-                 max_tokens: int) -> Context:
-  """Lays out the columns of the cache: T for the prompt, J for each new token but the last."""
+def make_context(module: Fusion, config: ConfigDict, batch: Batch, ends: Array, max_tokens: int,
+                 kept: Cache | None = None) -> Context:
+  """Lays out the columns of the cache: T for the prompt, J for each new token but the last.
+
+  Where a cache is kept (`generate.dialogue`), column i is slot i of the one row, and the mask's
+  classes of keys are those of all columns.
+  """
   name = module.STREAM
   stream, mask = batch.streams[name], batch.masks[name]
   rows, slots = stream.tokens.shape
   turns, active = ends.shape[1], ends >= 0
   at = lambda field: jnp.take_along_axis(field, jnp.maximum(ends, 0), axis=1)
   length = (stream.segment_ids > 0).sum(1, dtype=jnp.int32)
-  new = (max_tokens - 1) * turns
-  index = length[:, None] + jnp.arange(new, dtype=jnp.int32)
-  repeat = lambda values: jnp.tile(values, (1, max_tokens - 1))
-  prompt = jnp.where(stream.segment_ids > 0, jnp.arange(slots, dtype=jnp.int32), NEVER)
-  k_index = jnp.concatenate([prompt, jnp.where(repeat(active), index, NEVER)], axis=1)
   masks = {}
   for other, (queries, _) in mask_axes(module.fields(config)).items():
     if queries == name:
@@ -105,9 +104,17 @@ def make_context(module: Fusion, config: ConfigDict, batch: Batch, ends: Array,
       if seen.q_class is not None:
         q_class = at(seen.q_class)
       masks[other] = dataclasses.replace(seen, lo=at(seen.lo), hi=hi, q_class=q_class)
-  k_class = None
-  if mask.k_class is not None:
-    k_class = jnp.concatenate([mask.k_class, repeat(masks[name].q_class)], axis=1)
+  k_class = mask.k_class
+  if kept is not None:
+    length = length + kept.length
+    k_index = jnp.arange(kept.slots, dtype=jnp.int32)[None]
+  else:
+    index = length[:, None] + jnp.arange((max_tokens - 1) * turns, dtype=jnp.int32)
+    repeat = lambda values: jnp.tile(values, (1, max_tokens - 1))
+    prompt = jnp.where(stream.segment_ids > 0, jnp.arange(slots, dtype=jnp.int32), NEVER)
+    k_index = jnp.concatenate([prompt, jnp.where(repeat(active), index, NEVER)], axis=1)
+    if k_class is not None:
+      k_class = jnp.concatenate([k_class, repeat(masks[name].q_class)], axis=1)
   masks[name] = dataclasses.replace(masks[name], k_class=k_class, k_index=k_index)
   return Context(name, masks, length, at(stream.positions), active)
 
@@ -195,7 +202,7 @@ def split(config: ConfigDict, params: Params, cache: Cache) -> tuple[Params, Cac
   return unflatten(leaves), dataclasses.replace(cache, k=k, v=v, memory=memory)
 
 
-def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens
+def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens, kept=None
           ) -> tuple[Params, Saying]:
   """Reads the prompts and chooses the first tokens; returns the parameters as `advance` wants them.
 
@@ -205,14 +212,21 @@ def begin(config, params, flat, ends, stop, seeds, temperature, top_p, max_token
     stop: i32[n].
     seeds: u32[B].
     temperature, top_p: f32[], temperature None: greedy.
+    kept: a Cache of one row whose first `length` columns are the slots before these, its layers
+      apart; the prompts' are written behind them.
   """
   module, batch = find_fusion(config), from_flat(flat)
   model = module.Model(config)
-  context = make_context(module, config, batch, ends, max_tokens)
+  context = make_context(module, config, batch, ends, max_tokens, kept)
   rows, turns = ends.shape
-  columns, dtype = context.masks[context.stream].k_index.shape[1], precision(config).compute
-  cache = empty_cache(config, rows, columns, dtype)
+  if kept is None:
+    columns, dtype = context.masks[context.stream].k_index.shape[1], precision(config).compute
+    cache = empty_cache(config, rows, columns, dtype)
+  else:
+    cache = stack.together(kept)
   logits, cache = prefill(model, params, batch, ends, context, cache)
+  if kept is not None:  # the first new token is written over what pads the prompt
+    cache = dataclasses.replace(cache, length=context.length[0])
   params, cache = split(config, params, cache)
 
   fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -263,8 +277,8 @@ def _run(config, params, flat, ends, stop, seeds, temperature, top_p, max_tokens
   return advance(config, params, saying, stop, temperature, top_p, max_tokens).generated()
 
 
-_begin = jax.jit(begin, static_argnames=("config", "max_tokens"))
 # The cache is the largest thing there is: it is handed on, not copied.
+_begin = jax.jit(begin, static_argnames=("config", "max_tokens"), donate_argnames="kept")
 _advance = jax.jit(advance, static_argnames="config", donate_argnames="saying")
 
 
@@ -315,16 +329,39 @@ def stream(
   Raises:
     ValueError: max_tokens or chunk below 1.
   """
+  for saying in sayings(config, params, prompts, max_tokens=max_tokens, stop=stop,
+                        sampling=sampling, seeds=seeds, chunk=chunk):
+    yield jax.device_get(saying.generated())
+
+
+def sayings(
+  config: ConfigDict,
+  params: Params,
+  prompts: Prompts,
+  *,
+  max_tokens: int,
+  stop: tuple[int, ...] = (),
+  sampling: Sampling = GREEDY,
+  seeds: np.ndarray | None = None,
+  chunk: int = 4,
+  kept: Cache | None = None,
+) -> Iterator[Saying]:
+  """As `stream`, with the cache; the next step takes the arrays of the last over.
+
+  Args:
+    config, params, prompts, max_tokens, stop, sampling, seeds, chunk: as in `stream`.
+    kept: what was read before the prompts, see `begin`; it is taken over.
+  """
   if chunk < 1:
     raise ValueError(f"chunk must be at least 1, got {chunk}")
   arguments = _arguments(config, params, prompts, max_tokens, stop, sampling, seeds)
   frozen, _, _, _, stop_array, _, temperature, top_p, _ = arguments
-  params, saying = _begin(*arguments)
+  params, saying = _begin(*arguments, kept=kept)
   step = 1
   while True:
-    # Read before the next call, which takes the arrays over.
+    # Read before the next call.
     going = step < max_tokens and bool(saying.speaking.any())
-    yield jax.device_get(saying.generated())
+    yield saying
     if not going:
       return
     step = min(step + chunk, max_tokens)

@@ -27,7 +27,7 @@ from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Image, Tokens
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import empty_cache, find_fusion
-from vlm_jax.core.layout import Field, streams_of
+from vlm_jax.core.layout import TOLD, Field, streams_of
 from vlm_jax.core.precision import precision
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
@@ -293,6 +293,9 @@ def write(
   config = config.copy_and_resolve_references()
   # What runs everywhere; the blocks of `xla` want to know the number of rows.
   speaks = bool(find_fusion(config).STREAM)
+  if TOLD in find_fusion(config).fields(config):
+    raise UsageError(f"config.fusion.name '{config.fusion.name}' reads the prompt by a second "
+                     "tokenizer, too, for which --to=jax has no place; use --to=hf")
   config.attention.implementation = "xla" if speaks else "dense"
   flat = {path: pieces.of(leaf) for path, leaf in flatten(params).items()}
   kind = {path: np.dtype(dtype or leaf.dtype) for path, leaf in flat.items()}

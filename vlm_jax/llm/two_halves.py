@@ -52,8 +52,10 @@ def depths(config: ConfigDict) -> tuple[int, int]:
 
 
 def layers_of(config: ConfigDict, mask: str) -> int:
-  """Through how many layers a mask of the strategy goes."""
-  return config.depth if mask == "cross" else sum(depths(config))
+  """Through how many layers a mask goes; those of what stands behind texts, through the first half.
+  """
+  first, second = depths(config)
+  return {"cross": second, "text": first + second}.get(mask, first)
 
 
 def empty_cache(config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:

@@ -12,6 +12,14 @@ from vlm_jax.nn.linear import parameter
 from vlm_jax.nn.norms import LayerNorm
 
 
+def uses(path: str, queries: int, features: int) -> int:
+  """To how many places a parameter is applied where Q queries attend to P features.
+
+  Keys, values and their norm belong to features, everything else to queries.
+  """
+  return features if {"key", "value", "key_norm"} & set(path.split("/")) else queries
+
+
 class AttentionPool(nn.Module):
   """One layer of attention of learned queries over features, both normalised, with biases.
 

@@ -59,6 +59,12 @@ def apart(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: list(jnp.unstack(leaf)), tree)
 
 
+def together(tree: Any) -> Any:
+  """The inverse of `apart`."""
+  return jax.tree.map(lambda node: jnp.stack(node) if _is_list(node) else node, tree,
+                      is_leaf=_is_list)
+
+
 def _is_list(node: Any) -> bool:
   return isinstance(node, list)
 

@@ -1,6 +1,7 @@
 """Where a new run's parameters come from beside the draw of its seed: `init` of config nodes.
 
-`config.fusion.init` names a whole model, a run, a checkpoint of Hugging Face or big_vision's .npz;
+`config.fusion.init` names a whole model, a run, a checkpoint of Hugging Face, big_vision's .npz or
+a BLIP-2 of LAVIS as .pth, which may lack what other fields then name;
 `config.tower.init`, `config.connector.init` and `config.llm.init` name weights of single modules in
 any known format (`convert.sources`) or another run, and replace what the whole model has;
 `config.lora.init` names adapters of PEFT. They are read once: a resumed run has its own checkpoint
@@ -75,9 +76,9 @@ def _whole(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]
   adapters merged, or those of a checkpoint of Hugging Face or big_vision."""
   init = Path(config.fusion.init)
   mine = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
-  if init.suffix == ".npz":
-    return sources.load_npz(init, config, {path: leaf.shape for path, leaf in mine.items()},
-                            np.dtype(next(iter(mine.values())).dtype))
+  if read := {".npz": sources.load_npz, ".pth": sources.load_pth}.get(init.suffix):
+    return read(init, config, {path: leaf.shape for path, leaf in mine.items()},
+                np.dtype(next(iter(mine.values())).dtype))
   if systems.is_published(init):
     plain = config.copy_and_resolve_references()
     with plain.unlocked():

@@ -38,6 +38,7 @@ from vlm_jax.train.step import Numbers, make_step, place
 from vlm_jax.train.workdir import Workdir, environment
 
 Evaluate = Callable[[str, Params, int], dict[str, float]]
+EMPTY = 0.6  # a fill of the rows below this is told once
 
 
 def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | None = None,
@@ -115,7 +116,7 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
     for step in range(first + 1, config.train.steps + 1):
       waiting = time.perf_counter()
       flat, info = next(loader)
-      run.clock.step(time.perf_counter() - waiting)
+      run.clock.step(time.perf_counter() - waiting, metrics_lib.token_slots(flat))
       batch = place(flat, mesh)
       jax.block_until_ready(numbers)  # one step in flight, not a queue of batches
       profile.before(step, numbers)
@@ -149,7 +150,7 @@ class Run:
     self.writer, self.clock = metrics_lib.Writer(config, path, first), metrics_lib.Clock()
     self._work = metrics_lib.Work(config, leaves, shapes)
     self._evaluate = evaluate
-    self._sources = sorted(config.data.sources)
+    self._sources, self._first_log = sorted(config.data.sources), True
     self._meta = {"seed": config.seed, "prng": jax.config.jax_default_prng_impl,
                   "config": json.loads(config.to_json()), "environment": environment(),
                   "mesh": dict(mesh.shape)}
@@ -201,6 +202,12 @@ class Run:
     self.writer.metrics(step, row)
     self.writer.timing(step, timing)
     self.progress.step(step, row, timing)
+    if self._first_log and (share := timing.get("token_fill", 1.0)) < EMPTY:
+      self.progress.say(
+        f"only {share:.0%} of the slots of the rows hold tokens, and the others cost as much; lower"
+        " config.data.tokens, raise config.data.images, or change the ratios in config.data.sources"
+        " (`vlm-jax data inspect` shows what is full first)")
+    self._first_log = False
 
   def save(self, step: int, state: State, loader: Any) -> None:
     """Starts the checkpoint of a step; its rows are on the disk first."""

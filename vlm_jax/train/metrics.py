@@ -5,7 +5,6 @@ batch): a run that was killed and resumed has the same bytes in it as one that w
 `timing.jsonl` holds the rest: speed, waiting, occupancy. Rows are in step order.
 """
 
-import functools
 import math
 import sys
 import time
@@ -18,10 +17,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import DiskError
-from vlm_jax.core.fusion import find_llm, find_tower
+from vlm_jax.core.fusion import find_connector, find_fusion, find_llm, find_tower
+from vlm_jax.core.layout import streams_of
+from vlm_jax.nn import pool
 from vlm_jax.train import trackers
+from vlm_jax.train.optimizer import unread_of
 from vlm_jax.train.state import Leaf
 from vlm_jax.train.step import Numbers
+
+# How paths of tables end whose rows are read or added, which is as good as free, as numbers are; a
+# tied embedding is the head's matrix.
+READ = ("embed/embedding", "head/kernel", "positions", "table", "latents", "queries", "probe",
+        "_token", "registers", "newline")
 
 
 class Writer:
@@ -108,13 +115,20 @@ def checksum(flat: dict[str, np.ndarray]) -> int:
   return value
 
 
+def token_slots(flat: dict[str, np.ndarray]) -> tuple[int, int]:
+  """How many slots of the streams of this host's batch hold a token, and how many there are."""
+  streams = [flat[f"streams/{name}/segment_ids"] for name in streams_of(flat)]
+  return sum(int(np.count_nonzero(ids)) for ids in streams), sum(ids.size for ids in streams)
+
+
 class Work:
   """How much of a step's arithmetic is spent on slots that hold nothing.
 
   Dense layers cost 2 FLOPs per parameter and slot, three times that with the backward pass: slots
   of a stream cost the parameters under its name, or those of no stream's; keys and values of
   cross-attention cost the slots they are made of; an image costs tower and connector at every place
-  they are applied to. The vocabulary's matrix is used where a token is predicted, by no other slot.
+  they are applied to, which they say themselves, as a strategy does of what is its own (see
+  `core/fusion.py`). The vocabulary's matrix is used where a token is predicted, by no other slot.
   Attention costs 4 C H FLOPs per visible pair and layer.
   """
 
@@ -126,32 +140,28 @@ class Work:
       kind, name, field = path.split("/", 2)
       if field == "segment_ids":
         self.slots[f"{kinds[kind]}/{name}"] = math.prod(shape.shape)
-    streams = [name.removeprefix("tokens/") for name in self.slots if name.startswith("tokens/")]
-    self._cost = dict.fromkeys(self.slots, 0)  # FLOPs of one slot
-    tower = find_tower(config)
-    grid = math.prod(tower.grid(config.tower))
-    uses = getattr(tower, "uses", lambda config, path: grid)
+    self._cost = dict.fromkeys(self.slots, 0.0)  # FLOPs of one slot
+    # Texts of fixed length are computed whole, padding included.
+    texts = {name: shapes[path].shape[-1] for name in self.slots
+             if (path := f"documents/{name.removeprefix('texts/')}/tokens") in shapes}
+    fusion, unread = find_fusion(config), unread_of(config, leaves)
+    uses = getattr(fusion, "uses", lambda config, path: None)
     for path, leaf in leaves.items():
-      top, _, inner = path.partition("/")
-      size = 6 * math.prod(leaf.shape)
-      if top in ("tower", "connector"):
-        places = uses(config.tower, inner) if top == "tower" else grid
-        for name in self.slots:
-          self._cost[name] += size * places * name.startswith("images/")
-      # Reading rows of a table costs nothing; a tied embedding is the head's matrix.
-      elif not path.endswith(("embed/embedding", "head/kernel", "positions", "table")):
-        for stream in _streams_of(path, streams):
-          self._cost[f"tokens/{stream}"] += size
-        for name in self.slots:
-          tokens = shapes.get(f"documents/{name[6:]}/tokens")
-          if name.startswith("texts/") and top == "llm" and tokens:  # on all, padding included
-            self._cost[name] += size * tokens.shape[-1]
+      if path.endswith(READ) or not leaf.shape:
+        continue
+      places = uses(config, path)
+      if places is None:
+        places = _places(config, path, list(self.slots), texts)
+      size = 6 * math.prod(leaf.shape) * (1 - np.mean(unread.get(path, 0.0)))
+      for name in self._cost.keys() & places.keys():
+        self._cost[name] += size * places[name]
     self._predict = 6 * config.llm.width * config.llm.vocab_size
     head_dim = config.llm.head_dim or config.llm.width // config.llm.heads
-    self._pair = 3 * 4 * head_dim * config.llm.heads
     encoder = lambda llm, mask: (llm.encoder_depth if mask == "encoder" else 0) or llm.depth
     layers = getattr(find_llm(config), "layers_of", encoder)
-    self._layers = functools.partial(layers, config.llm)
+    own = fusion.attention_shapes(config) if hasattr(fusion, "attention_shapes") else {}
+    self._layers = lambda mask: own.get(
+      mask, (layers(config.llm, mask), config.llm.heads, head_dim))
 
   def fills(self, used: dict[str, int]) -> dict[str, float]:
     """Share of slots in use, and the share of the dense FLOPs that empty slots cost."""
@@ -169,11 +179,38 @@ class Work:
     return sum(self._cost[name] * total for name, total in self.slots.items())
 
   def attention(self, pairs: dict[str, float]) -> float:
-    """FLOPs of the language model's attention, both ways, for the visible pairs of every mask.
+    """FLOPs of attention behind the connector, both ways, for the visible pairs of every mask.
 
     Local layers count as global ones: in rows longer than their window this is an upper bound.
     """
-    return self._pair * sum(count * self._layers(mask) for mask, count in pairs.items())
+    return sum(3 * 4 * count * math.prod(self._layers(mask)) for mask, count in pairs.items())
+
+
+def _places(config: ConfigDict, path: str, slots: list[str], texts: dict[str, int]
+            ) -> dict[str, int]:
+  """To how many places of a slot a parameter is applied, by name of slots; left out: to none.
+
+  Args:
+    config: every field.
+    path: of the parameter, which the strategy says nothing of.
+    slots: names of all slots.
+    texts: those of texts of fixed length, and their length.
+  """
+  top, _, inner = path.partition("/")
+  tower, connector = find_tower(config), find_connector(config)
+  height, width = tower.grid(config.tower)
+  images = [name for name in slots if name.startswith("images/")]
+  if top == "tower":
+    queries = 1 if inner.startswith("pool/") else height * width
+    alike = lambda config, path: pool.uses(path, queries, height * width)
+    return dict.fromkeys(images, getattr(tower, "uses", alike)(config.tower, inner))
+  if top == "connector":
+    count = len(connector.slots(config.connector, 1, height, width))
+    uses = getattr(connector, "uses", lambda config, path, features: count)
+    return dict.fromkeys(images, uses(config.connector, inner, height * width))
+  streams = [name.removeprefix("tokens/") for name in slots if name.startswith("tokens/")]
+  places = {f"tokens/{stream}": 1 for stream in _streams_of(path, streams)}
+  return places | texts if top == "llm" else places
 
 
 def _streams_of(path: str, streams: list[str]) -> list[str]:
@@ -193,19 +230,24 @@ class Clock:
   def reset(self) -> None:
     """Starts a new stretch."""
     self._start, self._steps, self._wait = time.perf_counter(), 0, 0.0
+    self._held = self._slots = 0
 
-  def step(self, waited: float) -> None:
-    """Counts one step that waited so many seconds for its batch."""
+  def step(self, waited: float, tokens: tuple[int, int]) -> None:
+    """Counts one step that waited so many seconds for its batch of `token_slots`."""
     self._steps += 1
     self._wait += waited
+    self._held += tokens[0]
+    self._slots += tokens[1]
 
   def row(self, used: dict[str, int], pair_flops: float) -> dict[str, float]:
-    """Rates of the stretch, taking its last step as typical; resets."""
+    """Rates of the stretch, taking its last step as typical, and its "token_fill"; resets."""
     seconds = max(time.perf_counter() - self._start, 1e-9)
     steps = max(self._steps, 1)
     row = {"step_seconds": seconds / steps, "data_wait_share": self._wait / seconds,
            "attention_flops_per_second": pair_flops * steps / seconds}
     row |= {f"{name}/second": count * steps / seconds for name, count in used.items()}
+    if self._slots:
+      row["token_fill"] = self._held / self._slots
     self.reset()
     return row
 
@@ -241,7 +283,8 @@ class Progress:
     text = (f"step {step}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
             f"grad {row['grad_norm']:.3f}  {1e3 * timing['step_seconds']:.0f} ms/step  "
             f"{rate:,.0f} tokens/s  data wait {100 * timing['data_wait_share']:.0f}%  "
-            f"left {duration(left)}")
+            + (f"fill {100 * timing['token_fill']:.0f}%  " if "token_fill" in timing else "")
+            + f"left {duration(left)}")
     if self._terminal:
       done = int(20 * step / self._total)
       bar = f"[{'#' * done}{'.' * (20 - done)}] "

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.core import adapters
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import FROZEN, Stage, find_tower
+from vlm_jax.core.fusion import FROZEN, Stage, find_fusion, find_tower
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.core.typing import Array, Params
 from vlm_jax.train.state import Leaf
@@ -156,9 +156,9 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
                      f"has no such stage; {nearest(config.fusion.stage, by_name)}")
   stage = by_name[config.fusion.stage]
   chosen = _match(stage.trainable, leaves, f"stage '{stage.name}' of '{config.fusion.name}'")
-  # Without a gradient they would still decay.
-  unread = tuple(f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower))
-  frozen = _match((*config.optim.frozen, *unread), leaves, "config.optim.frozen")
+  frozen = _match(config.optim.frozen, leaves, "config.optim.frozen")
+  for path, choice in unread_of(config, leaves).items():  # they would still decay
+    frozen[path] = frozen[path] | choice if path in frozen else choice
   # A node with adapters trains by them alone, as in LLaVA: projector whole, decoder by adapters.
   adapted = {_node(path) for path in leaves if adapters.is_adapter(path)}
   result = {}
@@ -177,6 +177,13 @@ def _trainable(config: ConfigDict, stages: tuple[Stage, ...], leaves: dict[str, 
     raise UsageError(f"config.optim.frozen leaves nothing to train in stage '{stage.name}'; "
                      "take a pattern away or choose another config.fusion.stage")
   return result
+
+
+def unread_of(config: ConfigDict, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+  """Path to bool[] or bool[L] (which layers) of parameters that nothing computed depends on."""
+  patterns = [f"tower/{pattern}" for pattern in find_tower(config).unread(config.tower)]
+  patterns += getattr(find_fusion(config), "unread", lambda config: ())(config)
+  return _match(patterns, leaves, "unread")
 
 
 def _node(path: str) -> str:
