@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.fusion.stage = "finetune"
     config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
     config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
-    config.train.steps = 200
+    config.train.steps = 290
     ask(config)
   return shrink(config) if debug else config
 
@@ -64,9 +64,9 @@ def pieces() -> ConfigDict:
   config.data.tokens = 512
   config.data.images = 50
   config.data.sources.shapes = base.source(
-    name="easy_vqa", form="caption", ratio=8, augment=AUGMENT)
+    name="easy_vqa", form="caption", ratio=12, augment=AUGMENT)
   config.data.sources.names = base.source(
-    name="openmoji", form="caption", ratio=7, augment=AUGMENT)
+    name="openmoji", form="caption", ratio=8, augment=AUGMENT)
 
   config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
   config.train.update(log_every=10, checkpoint_every=1000, keep=1)
@@ -75,7 +75,6 @@ def pieces() -> ConfigDict:
 
 def ask(config: ConfigDict) -> None:
   """Adds questions about the pictures, and what a recipe of these pieces is measured by."""
-  config.data.images = 26  # two cycles take 48 of both rows; the tower runs on empty slots too
   config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
   config.data.sources.openmoji = base.source(
     name="openmoji", form="fan_out", ratio=3, weight=3.0, augment=AUGMENT)
