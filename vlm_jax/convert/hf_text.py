@@ -201,6 +201,8 @@ def _write_ours(directory: Path, config: ConfigDict, tokenizer: Tokenizer, speak
   template = config.data.template if config.data.template in our.TEMPLATES else "marks"
   pad, bos, eos, image, user, assistant = our.needed(template)
   extra = {"image_token": image, "user_token": user, "assistant_token": assistant}
+  if tokenizer.reader is not None:
+    del extra["image_token"]  # InstructBlipProcessor breaks on one that has a name
   safetensors_io.write_json(directory / "tokenizer_config.json", {
     "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "bos_token": bos,
     "eos_token": eos, "model_max_length": config.data.tokens if speaks else config.llm.positions,
