@@ -31,7 +31,7 @@ from vlm_jax.core.tree import flatten
 pytestmark = pytest.mark.usefixtures("quick")
 
 TOLERANCE = 2e-4
-OUTPUTS = 1e-5  # measured: at most 6e-7, of gradients 2e-6
+OUTPUTS = 1e-5  # measured: at most 6e-7, of gradients 2e-6; more where theirs is 1 + erf near 0
 SILENT = "k_layer_norm.bias"
 WIDTH, LATENTS, DEPTH, HEADS, C, FEATURES = 18, 5, 2, 4, 6, 7
 
@@ -60,6 +60,8 @@ KINDS = {
                        perceiver.KEYS),
   "open_flamingo": (functools.partial(idefics, False, torch.nn.GELU()), dict(activation="gelu"),
                     perceiver.OPEN_FLAMINGO_KEYS),
+  "open_flamingo, tail": (functools.partial(idefics, False, torch.nn.GELU()),
+                          dict(activation="gelu"), perceiver.OPEN_FLAMINGO_KEYS),
   "idefics2": (idefics2, dict(activation="silu", feed_forward="gated", norm="rms", norm_eps=0.03,
                               kv_heads=2), perceiver.IDEFICS2_KEYS),
 }
@@ -67,7 +69,7 @@ KINDS = {
 
 def their_names(kind: str, tensors: dict) -> dict:
   """The tensors of a module by the names of a checkpoint of its kind."""
-  if kind != "open_flamingo":
+  if not kind.startswith("open_flamingo"):
     return tensors
   rename = table.renamer((
     (r"blocks\.(\d+)\.0\.context_layer_norm", r"layers.\1.0.norm_media"),
@@ -92,6 +94,19 @@ def run_ours(fields: dict):
   return model, jax.jit(lambda params, x: model.apply({"params": params}, x, (1, FEATURES)))
 
 
+def to_the_tail(module: torch.nn.Module) -> None:
+  """Moves the hidden units to about -2.2, where the two gelus differ by a hundredth of their value.
+
+  The last matrix is scaled up, for there they are small beside the stream that they are added to.
+  """
+  for _, mlp in module.blocks:
+    along = torch.nn.functional.normalize(torch.randn(WIDTH), dim=0)
+    mlp.ln.bias.copy_(5 * along)
+    weight = 0.3 * mlp.fc.weight
+    mlp.fc.weight.copy_(weight - torch.outer(weight @ along + 0.44, along))
+    mlp.c_proj.weight.mul_(8)
+
+
 @functools.cache
 def case(kind: str):
   """Features, theirs' output and gradients by key, our parameters, table and jitted function."""
@@ -103,6 +118,8 @@ def case(kind: str):
       weight.normal_(0, 0.3)
       if "norm" in name and name.endswith("weight"):
         weight.add_(1)
+    if kind.endswith("tail"):
+      to_the_tail(module)
   x = np.random.default_rng(0).normal(size=(2, FEATURES, WIDTH)).astype(np.float32)
   inputs = torch.tensor(x, requires_grad=True)
   seen = (torch.ones(2, FEATURES, dtype=torch.long),) if kind == "idefics2" else ()
@@ -148,7 +165,7 @@ def test_outputs_and_gradients(kind):
 
 
 @pytest.mark.parametrize("kind, wrong", [
-  ("open_flamingo", dict(activation="relu")), ("open_flamingo", dict(activation="gelu_tanh")),
+  ("open_flamingo", dict(activation="relu")), ("open_flamingo, tail", dict(activation="gelu_tanh")),
   ("idefics", dict(activation="relu2")), ("idefics", dict(norm_eps=0.2)),
   ("idefics2", dict(norm="rms", norm_eps=0.3)),
 ], ids=str)
@@ -157,7 +174,7 @@ def test_twins(kind, wrong):
   got = run_ours(KINDS[kind][1] | wrong)[1](params, x)
   found = error(np.asarray(got)[:, 0], out)
   # The exact and the approximate gelu differ by less than any other mistake.
-  least = 10 * OUTPUTS if wrong.get("activation") == "gelu_tanh" else 100 * TOLERANCE
+  least = 100 * (OUTPUTS if wrong.get("activation") == "gelu_tanh" else TOLERANCE)
   print(f"{kind}, {wrong}: {found:.1e}")
   assert found > least
 
