@@ -18,7 +18,7 @@ from tests.fusion import contrast
 from tests.fusion import testing as t
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
-from vlm_jax.core.fusion import find_fusion
+from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.core.layout import IGNORE, streams_of
 from vlm_jax.core.mask import IntervalMask, draw
 from vlm_jax.core.tree import flatten
@@ -62,8 +62,11 @@ def made():
 def test_every_strategy_is_tested():
   folder = Path(find_fusion(t.get_config("concat")).__file__).parent
   files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
-  # Those that embed keep the promises that apply to them in test_contrast.py.
-  assert files == {name for name, _, _ in t.VARIANTS} | set(contrast.NAMES)
+  # Those that embed keep the promises that apply to them in test_contrast.py, and who speaks for
+  # them in a file of its own.
+  embed = [contrast.get_config(name) for name in contrast.NAMES]
+  voices = {speaking(config).fusion.name for config in embed}
+  assert files == {name for name, _, _ in t.VARIANTS} | set(contrast.NAMES) | voices
 
 
 # 1. Packed logits are those of each document alone.

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 QUESTION, NEW, TOLERANCE = "what is it?", 5, 2e-5
 SPEAKING = ("prefix_lm", "simvlm")
+COMPARING = ("clip", "blip2_qformer")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,11 @@ def speaker(fusion, words):
   return config, helpers.noise(config)
 
 
-def embedder(words):
-  config = contrast.get_config("clip")
+def embedder(fusion, words):
+  config = contrast.get_config(fusion)
   config.data.tokenizer = str(words)
   config.llm.update(vocab_size=270, eos=2)
+  config.connector.vocab_size = 270
   _, leaves = state.initializer(find_fusion(config), config)
   rng = np.random.default_rng(0)
   return config, unflatten({
@@ -66,7 +68,8 @@ def made(words, tmp_path_factory):
   """Every model, its directory, and what came out of it elsewhere."""
   folder = tmp_path_factory.mktemp("programs")
   (folder / "a.png").write_bytes(png(1, 40))
-  models = {name: speaker(name, words) for name in SPEAKING} | {"clip": embedder(words)}
+  models = {name: speaker(name, words) for name in SPEAKING} | {
+    name: embedder(name, words) for name in COMPARING}
   for name, (config, params) in models.items():
     run = folder / f"{name} run"
     run.mkdir()
@@ -114,19 +117,24 @@ def test_a_program_says_what_generate_says(name, made):
   assert off < TOLERANCE and moved > 100 * TOLERANCE
 
 
-def test_a_program_embeds_what_evaluation_embeds(made):
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_program_embeds_what_evaluation_embeds(name, made):
   folder, models = made
-  config, params = models["clip"]
-  given = np.load(folder / "clip" / "inputs.npz")
+  config, params = models[name]
+  given = np.load(folder / name / "inputs.npz")
   pictures = [Encoded((Pixels(pixels),), "pairs", "") for pixels in given["pixels"]]
   texts = [Encoded((Tokens(ids, np.zeros(len(ids), bool)),), "pairs", "")
            for ids in given["tokens"]]
-  embedded = lambda params: embed.images(config, params, pictures, 3) @ embed.texts(
-    config, params, texts, 2).T
-  outputs = np.load(folder / "clip" / "outputs.npz")
+
+  def embedded(params):
+    cosines = embed.images(config, params, pictures, 3) @ embed.texts(config, params, texts, 2).T
+    return cosines.max(axis=1) if cosines.ndim > 2 else cosines  # of the queries of BLIP-2
+
+  outputs = np.load(folder / name / "outputs.npz")
   off = error(outputs["result"], embedded(params))
-  twin = dict(params, text_projection={"kernel": params["text_projection"]["kernel"][::-1]})
-  print(f"clip: cosines {off:.1e}")
+  projection = params["text_projection"]
+  twin = dict(params, text_projection=projection | {"kernel": projection["kernel"][::-1]})
+  print(f"{name}: cosines {off:.1e}")
   assert off < TOLERANCE < error(outputs["result"], embedded(twin)) / 100
 
 
@@ -134,7 +142,7 @@ def test_programs_are_for_every_platform(made):
   folder, _ = made
   for path in folder.glob("*/*.jax"):
     assert export.deserialize(bytearray(path.read_bytes())).platforms == ("cpu", "tpu", "cuda")
-  assert len(list(folder.glob("*/*.jax"))) == 6
+  assert len(list(folder.glob("*/*.jax"))) == 8
   assert {path.name for path in (folder / "clip").iterdir()} > {
     "params.safetensors", "config.json", "tokenizer.json", "README.md"}
 

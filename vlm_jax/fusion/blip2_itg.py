@@ -108,7 +108,7 @@ def losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, Array]
   stream = batch.streams[STREAM]
   return {"lm": cross_entropy_sums(
     output.hidden, output.head, stream.targets, stream.loss_weights["lm"], stream.source_ids,
-    len(config.data.sources), smoothing=SMOOTHING)}
+    len(config.data.sources), soft_cap=output.soft_cap, smoothing=SMOOTHING)}
 
 
 def empty_cache(config: ConfigDict, rows: int, columns: int, dtype: Any) -> Cache:

@@ -191,7 +191,7 @@ def mask_of_both(lengths: Array, queries: int, length: int, says: bool) -> Inter
     (read, 0, lengths[:, None]),
     (length + queries + slots, length, length + queries + slots + 1)]
   parts = parts if says else parts[:2]
-  row = lambda part, size: jnp.broadcast_to(part, (len(lengths), size)).astype(jnp.int32)
+  row = lambda part, size: jnp.broadcast_to(part, (*lengths.shape, size)).astype(jnp.int32)
   index, lo, hi = (
     jnp.concatenate([row(part[field], len(part[0])) for part in parts], axis=1)
     for field in range(3))
@@ -246,7 +246,7 @@ class Model(Configured):
     features, x = self._features(batch), None
     image = text = matches = hidden = head = None
     if features is not None:
-      queries = x = self.connector.ask(len(features))
+      queries = x = self.connector.ask(features.shape[0])
     if TEXT in batch.documents:
       tokens = batch.documents[TEXT].tokens
       words = jnp.asarray(tokens).reshape(-1, tokens.shape[-1])
@@ -302,7 +302,7 @@ class Model(Configured):
 
   def _match(self, features: Array, words: Array) -> Array:
     """f32[n,2], the logits of pairs of pictures f[n,P,D] and texts i32[n,L]."""
-    features = jnp.broadcast_to(features, (len(words), *features.shape[1:]))
+    features = jnp.broadcast_to(features, (*words.shape[:1], *features.shape[1:]))
     return self.match(self.connector.hear(words, (words > 0).sum(1), features)).mean(axis=1)
 
   def _compare(self, output: Bridged, batch: Batch, features: Array, words: Array,

@@ -74,7 +74,7 @@ EMBEDS = """# '{fusion}' as programs of JAX
 
 They need jax, flatbuffers, numpy and safetensors, and run on {platforms}, n rows at a time. {how}
 
-A text is [{bos}] + its ids by tokenizer.json + [{eos}], and zeros behind it, {length} in all.
+A text is [{bos}] + its ids by tokenizer.json + [{eos}], and zeros behind it, {length} in all.{said}
 
 ```python
 import jax, numpy as np
@@ -86,7 +86,8 @@ with safe_open("params.safetensors", "np") as file:
   params = {{name: jax.device_put(file.get_tensor(name)) for name in file.keys()}}
 pixels = np.zeros((2, {side}, {side}, 3), np.uint8)  # your pictures
 tokens = np.zeros((3, {length}), np.int32)  # your texts
-print(program("embed_image.jax")(params, pixels) @ program("embed_text.jax")(params, tokens).T)
+cosines = program("embed_image.jax")(params, pixels) @ program("embed_text.jax")(params, tokens).T
+print(cosines{best})
 ```
 """
 
@@ -243,7 +244,7 @@ def embedding(config: ConfigDict) -> tuple[Callable, Callable, str]:
   """`embed_image` and `embed_text` of any number of rows, and the path of the text's tokens.
 
   embed_image(params, pixels u8[n,S,S,3]) and embed_text(params, tokens i32[n,L]) return unit
-  vectors f32[n,E].
+  vectors f32[n,E], of a picture's K queries f32[n,K,E].
   """
   module = find_fusion(config)
   fields, model = module.fields(config), module.Model(config)
@@ -358,14 +359,16 @@ def _embedding_programs(config: ConfigDict, given: dict[str, Any], tokenizer: To
   embed_image, embed_text, path = embedding(FrozenConfigDict(config))
   (rows,) = export.symbolic_shape("n")
   side, (length,) = config.tower.image_size, find_fusion(config).fields(config)[path].shape
+  pixels = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
+  queries = jax.eval_shape(embed_image, given, pixels).shape[1:-1]
   programs = {
-    "embed_image": _lower(embed_image, given,
-                          jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)),
+    "embed_image": _lower(embed_image, given, pixels),
     "embed_text": _lower(embed_text, given, jax.ShapeDtypeStruct((rows, length), jnp.int32)),
   }
   return programs, EMBEDS.format(
     fusion=config.fusion.name, length=length, side=side, bos=tokenizer.bos, eos=tokenizer.eos,
-    how=_how(config), platforms=", ".join(PLATFORMS))
+    said=" A picture has several vectors; the nearest to a text counts." if queries else "",
+    best=".max(axis=1)" if queries else "", how=_how(config), platforms=", ".join(PLATFORMS))
 
 
 def _lower(function: Callable, *arguments: Any) -> export.Exported:

@@ -45,6 +45,9 @@ def choose(request: Request, implementation: str = "auto") -> tuple[str, dict[st
     raise UsageError(f"config.attention.implementation is '{implementation}'; "
                      f"{nearest(implementation, ['auto', *ORDER])}")
   names = list(ORDER) if implementation == "auto" else [implementation]
+  if implementation == "auto" and not all(
+      isinstance(size, int) for size in (*request.q_shape, *request.k_shape)):
+    names = ["dense"]  # of any number of rows (`jax.export`): the others plan with numbers
   request = dataclasses.replace(request, asked=implementation != "auto")
   refusals: dict[str, str] = {}
   for name in names:
