@@ -38,7 +38,7 @@ SHAPES = ("333 x 500", "64 x 64", "4000 x 300", "150 x 100", "1 x 3", "2 x 1")
 class Words:
   """Ids of a text without a tokenizer."""
 
-  chat, first = None, -1
+  chat, reader, first, chunk = None, None, -1, -1
 
   def page(self, text):
     return [3 + ord(letter) % 50 for letter in text] + [1] * (9 - len(text)), 0, 0
