@@ -21,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+from tests.convert.packed import error
 from vlm_jax.configs import base
 from vlm_jax.convert import llava, processor, safetensors_io, systems, table
 from vlm_jax.core import fusion
@@ -166,11 +167,6 @@ class Reference:
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def reference(request, tmp_path_factory):
   return Reference(request.param, tmp_path_factory.mktemp("theirs") / "model")
-
-
-def error(ours, theirs) -> float:
-  """max|a - b| / max|b| of one tensor."""
-  return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
 
 def pick(logits, where) -> list[np.ndarray]:

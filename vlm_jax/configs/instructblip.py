@@ -1,13 +1,14 @@
-"""InstructBLIP as published (arXiv:2305.06500): BLIP-2 whose Q-Former reads the instruction, too.
+"""InstructBLIP (arXiv:2305.06500): BLIP-2 whose Q-Former reads the instruction, too.
 
 EVA-CLIP ViT-g and a frozen Vicuna 1.1 or Flan-T5 with 32 queries between them. Of a BLIP-2 that is
-pretrained, the Q-Former alone trains on instructions (section 2.6): at most 60,000 steps of AdamW
-with decay 0.05, 1,000 of warm-up to 1e-5, cosine to 0, and 192, 128 or 64 pairs a step for language
-models of 3, 7 and 11 or 13 billion parameters. Name its beginning: `--config.connector.init=RUN`, a
-run of the first stage of `configs/blip2.py`, whose words it has, too.
+pretrained, the Q-Former alone trains on instructions. Name its beginning:
+`--config.connector.init=RUN`, a run of the first stage of `configs/blip2.py`, whose words it has,
+too. Steps, rate, warm-up and batch are this recipe's and were not held against the paper: 60,000
+steps of AdamW, 1,000 of warm-up to 1e-5, cosine to 0, and 192, 128 or 64 pairs a step for language
+models of 3, 7 and 11 or 13 billion parameters.
 
-26 datasets in instructions of their own were drawn by the square roots of their sizes; of these
-VQAv2 and LLaVA-Instruct-150K stand here, in the folder you start from, in ratios of that rule.
+The paper draws from many datasets; VQAv2 and LLaVA-Instruct-150K stand here, in the folder you
+start from, in the ratio of the square roots of their sizes.
 Arguments, joined by commas:
 
   vicuna-7b, vicuna-13b, flan-xl, flan-xxl   the language model (default vicuna-7b)

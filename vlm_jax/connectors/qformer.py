@@ -11,7 +11,7 @@ In a layer, each step being x = norm(x + f(x)):
 So words never see the picture but through queries, and without words nothing of the words' side
 exists: the connector of a language model, whose slots are what its queries became, projected. It
 may be told words about each picture, which all of its queries and words see (InstructBLIP,
-arXiv:2305.06500, section 2.3); what became of them is dropped.
+arXiv:2305.06500); what became of them is dropped.
 Everything but that projection computes in f32, whatever `config.precision.compute` says, as
 published. There is no dropout.
 """

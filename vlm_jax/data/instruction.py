@@ -1,7 +1,7 @@
 """What a connector that reads words is told about a picture, by a tokenizer of its own.
 
 The Q-Former of InstructBLIP sees the instruction that the language model sees, but as BERT spells
-it (arXiv:2305.06500, section 2.3). A picture's instruction is all that the user says in its turn,
+it (arXiv:2305.06500). A picture's instruction is all that the user says in its turn,
 before the answer and behind it nothing: no picture is told what is to be said about it, or what is
 asked once that is said.
 """

@@ -1,4 +1,4 @@
-"""InstructBLIP: queries read a picture for what is asked about it (arXiv:2305.06500, section 2.3).
+"""InstructBLIP: queries read a picture for what is asked about it (arXiv:2305.06500).
 
 BLIP-2's second stage (`fusion/blip2.py`) whose Q-Former reads the instruction, too. The words of
 its own tokenizer stand behind the queries of their picture and are dropped when all have been read

@@ -1,7 +1,7 @@
 """InstructBLIP for encoder-decoders: the instruction is told the Q-Former, and read by the encoder.
 
 BLIP-2's second stage for T5 (`fusion/blip2_t5.py`) with the Q-Former of `fusion/instructblip.py`
-(arXiv:2305.06500, section 2.3). Rows and columns of the encoder come first (i the queries of one
+(arXiv:2305.06500). Rows and columns of the encoder come first (i the queries of one
 image, t the trunk's instruction; a, b what two branches still ask, c, d their answers, > the start
 of the decoder):
 

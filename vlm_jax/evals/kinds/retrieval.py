@@ -2,8 +2,8 @@
 
 Strategies that embed pictures and texts (CLIP, SigLIP, CoCa) rank by the cosine, both ways. One
 that also says how well a pair matches (BLIP-2's first stage) may rank the `rerank` best of them
-again, by the cosine and the logit of belonging together, as published (arXiv:2301.12597, section
-4.5, where they are 128); "text_to_image_cosine" and "image_to_text_cosine" leave that out.
+again (arXiv:2301.12597: the best 128 by ITC, again by ITM), here by the sum of the cosine and the
+logit of belonging together; "text_to_image_cosine" and "image_to_text_cosine" leave that out.
 
 Others are asked for a likelihood. Log p(text | picture) ranks pictures for a text as it is. Texts
 of one picture are ranked by how much it raises their probability above the mean over all pictures,
