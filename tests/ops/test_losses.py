@@ -184,6 +184,30 @@ def test_memory_does_not_grow_with_the_vocabulary():
   assert temporary(65536, (256, 65536)) > 256 * 65536 * 4  # the check sees logits when they exist
 
 
+def test_a_frozen_head_has_no_gradient_to_pay_for():
+  hidden, head, targets, weights, _ = problem()
+
+  def total(hidden, head):
+    return losses.token_losses(hidden, head, targets, weights > 0, chunk=(4, 7))[0].sum()
+
+  alone = jax.jit(jax.grad(total))(hidden, head)
+  np.testing.assert_array_equal(alone, jax.jit(jax.grad(total, (0, 1)))(hidden, head)[0])
+  assert np.asarray(alone).std() > 0
+
+  def products(learned):
+    jaxpr = jax.make_jaxpr(jax.grad(total, learned))(hidden, head)
+    return str(jaxpr).count("dot_general")
+
+  assert products((0, 1)) == products(0) + 1
+
+
+def test_a_row_is_cut_so_that_few_slots_cost_little():
+  assert losses.piece(2, 512, losses.CHUNK[0]) * 8 == 512
+  assert losses.piece(1, 64, losses.CHUNK[0]) == 64  # too few to cut
+  assert losses.piece(2, 13, 4) == 2  # what the caller allows
+  assert losses.piece(8, 4096, losses.CHUNK[0]) == 256
+
+
 @pytest.mark.parametrize("change,message", [
   (dict(head=jnp.zeros((9, 31))), r"head \[D,V\]"),
   (dict(targets=jnp.zeros((2, 12), jnp.int32)), r"targets \[B,T\] must be \(2, 13\)"),

@@ -15,6 +15,8 @@ from vlm_jax.ops.vocabulary import Form, log_likelihoods, placement
 
 CHUNK = (2048, 2048)  # slots and columns of the head whose logits a device holds at a time
 
+PIECES, LEAST = 8, 128  # of a row; slots of all rows in a piece, at least
+
 
 class TokenLosses(NamedTuple):
   """Losses of single slots, exactly 0 where none was wanted.
@@ -58,7 +60,7 @@ def token_losses(
   _check(hidden, head, targets, wanted, soft_cap, smoothing)
   batch, length, _ = hidden.shape
   rows = batch // placement(hidden.shape, head.shape).ways  # of one device
-  size = max(1, min(length, chunk[0] // rows))  # of one row: sharded rows stay on their devices
+  size = piece(rows, length, chunk[0])
   wanted = wanted.astype(jnp.int32)
   place = jnp.where(wanted > 0, wanted.cumsum(axis=1) - 1, -1)
   order = invert(place, length + -length % size)
@@ -68,6 +70,15 @@ def token_losses(
   values, norms = log_likelihoods(compact, head, chosen, wanted.sum(axis=1), form)
   back = take_rows(jnp.stack([values, norms], axis=-1), place)
   return TokenLosses(-back[..., 0], jnp.square(back[..., 1]))
+
+
+def piece(rows: int, length: int, most: int) -> int:
+  """How many slots of a row are taken at a time, `most` of all `rows` of a device together.
+
+  A row's last piece is empty by half on average, so pieces are small; below `LEAST` slots reading
+  the head takes longer than multiplying by it.
+  """
+  return max(1, min(length, most // rows, max(-(-length // PIECES), LEAST // rows)))
 
 
 def _check(hidden, head, targets, wanted, soft_cap, smoothing) -> None:

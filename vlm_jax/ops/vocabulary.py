@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from vlm_jax.core.mesh import spec
@@ -59,6 +60,14 @@ class Placement:
   ways: int = 1
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Learned:
+  """Whether anybody asks for the gradient of the head: it is a third of the backward pass."""
+
+  head: bool
+
+
 def placement(hidden: tuple[int, ...], head: tuple[int, ...]) -> Placement:
   """Where arrays of these shapes [B,T,D] and [D,V] lie, by the rules of `core.mesh`."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -86,27 +95,30 @@ def log_likelihoods(
     f32[B,T] (1 - s) log p(target) + s * mean over v of log p(v), and f32[B,T] log Z, the
     log-sum-exp of the slot's logits. Both are differentiable.
   """
-  return _forward(hidden, head, targets, counts, form)[0]
-
-
-def _forward(hidden, head, targets, counts, form):
   place = placement(hidden.shape, head.shape)
   run = functools.partial(_local_forward, form=form, place=place)
   rows = PartitionSpec(place.rows)
-  values, norms = _spread(run, place, (rows, rows))(hidden, head, targets, counts)
-  return (values, norms), (hidden, head, targets, counts, norms)
+  return _spread(run, place, (rows, rows))(hidden, head, targets, counts)
+
+
+def _forward(hidden, head, targets, counts, form):
+  arrays = tuple(x.value for x in (hidden, head, targets, counts))
+  values, norms = log_likelihoods(*arrays, form)
+  return (values, norms), (*arrays, norms, _Learned(head.perturbed))
 
 
 def _backward(form, residuals, grads):
-  hidden, head, targets, counts, norms = residuals
+  hidden, head, targets, counts, norms, learned = residuals
+  grads = (jnp.zeros(norms.shape, norms.dtype) if isinstance(grad, SymbolicZero) else grad
+           for grad in grads)
   place = placement(hidden.shape, head.shape)
-  run = functools.partial(_local_backward, form=form, place=place)
-  out = (PartitionSpec(place.rows), PartitionSpec(None, place.vocabulary))
+  run = functools.partial(_local_backward, form=form, place=place, learned=learned.head)
+  out = (PartitionSpec(place.rows), PartitionSpec(None, place.vocabulary) if learned.head else None)
   grad_hidden, grad_head = _spread(run, place, out)(hidden, head, targets, counts, norms, *grads)
   return grad_hidden, grad_head, None, None
 
 
-log_likelihoods.defvjp(_forward, _backward)
+log_likelihoods.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _spread(run, place: Placement, out_specs):
@@ -203,8 +215,11 @@ def _local_forward(hidden, head, targets, counts, *, form: Form, place: Placemen
 
 
 def _local_backward(hidden, head, targets, counts, norms, grad_values, grad_norms, *, form: Form,
-                    place: Placement):
-  """The gradients of one device's rows and columns, summed over the devices that share them."""
+                    place: Placement, learned: bool):
+  """The gradients of one device's rows and columns, summed over the devices that share them.
+
+  The second is None unless the head is `learned`.
+  """
   weights = head.astype(hidden.dtype)
   number, width = _width(head, form)
   shards = 1 if place.vocabulary is None else lax.axis_size(place.vocabulary)
@@ -231,6 +246,8 @@ def _local_backward(hidden, head, targets, counts, norms, grad_values, grad_norm
       grad = jnp.where(token >= 0, grad, 0).astype(chunk.dtype)
       product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
       grad_part += product("btv,dv->btd", grad, chunk)
+      if not learned:
+        return grad_part, None
       before = lax.dynamic_slice_in_dim(grad_head, start, width, 1)
       after = before + product("btd,btv->dv", part, grad)
       return grad_part, lax.dynamic_update_slice_in_dim(grad_head, after, start, 1)
@@ -239,10 +256,13 @@ def _local_backward(hidden, head, targets, counts, norms, grad_values, grad_norm
     grad_part, grad_head = lax.fori_loop(0, number, columns, (zero, grad_head))
     return _put(grad_hidden, grad_part, i, form.slots), grad_head
 
-  start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  start = (zeros(hidden), zeros(head) if learned else None)
   grad_hidden, grad_head = lax.fori_loop(0, _chunks(counts, form), slots, start)
   if place.vocabulary is not None:
     grad_hidden = lax.psum(grad_hidden, place.vocabulary)
+  if not learned:
+    return grad_hidden.astype(hidden.dtype), None
   if place.rows is not None:
     grad_head = lax.psum(grad_head, place.rows)
   return grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype)
