@@ -35,14 +35,14 @@ from vlm_jax.train.profile import Profile
 from vlm_jax.train.signals import Signals
 from vlm_jax.train.state import State
 from vlm_jax.train.step import Numbers, make_step, place
-from vlm_jax.train.workdir import Workdir, environment
+from vlm_jax.train.workdir import Fill, Workdir, environment
 
 Evaluate = Callable[[str, Params, int], dict[str, float]]
 EMPTY = 0.6  # a fill of the rows below this is told once
 
 
 def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | None = None,
-          evaluate: Evaluate | None = None) -> dict[str, Any]:
+          evaluate: Evaluate | None = None, fill: Fill | None = None) -> dict[str, Any]:
   """Trains until `config.train.steps`, from the newest checkpoint of `workdir` if it has one.
 
   Args:
@@ -50,6 +50,7 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
     workdir: the run directory; made, or continued when it holds a run of the same config.
     make_loader: (config, start=) -> loader of (flat batch, info); None: `data.pipeline.make`.
     evaluate: (name in config.evals, params, step) -> numbers; None: no evaluation is run.
+    fill: as in `Workdir`.
 
   Returns:
     The last row of metrics.jsonl, with the numbers of the last evaluation.
@@ -65,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
   with contextlib.ExitStack() as stack:
     stack.callback(profile.close)
     signals = stack.enter_context(Signals())
-    work = stack.enter_context(Workdir(workdir, config))
+    work = stack.enter_context(Workdir(workdir, config, fill))
     progress = metrics_lib.Progress(config.train.steps)
     stack.callback(progress.close)
 
