@@ -2,7 +2,8 @@
 
 The order matters in two places. A checkpoint is written only after the rows of its step, so a
 resumed run finds every row it does not compute again. An evaluation comes after the checkpoint of
-its step, so nothing waits for it; if its row is missing at the next start, it is done then.
+its step, so nothing waits for it; if its row is missing at the next start, it is done then. Where a
+signal stops one between two batches, a step that is not saved by then is saved first.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlm_jax.core.errors import UsageError
+from vlm_jax.core.errors import Interrupted, UsageError
 from vlm_jax.core.fusion import Fusion, find_fusion
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.train import initial, trackers
@@ -87,7 +88,7 @@ def train(config: ConfigDict, workdir: str | Path, *, make_loader: Callable | No
               dict(built.mesh.shape), checkpoints, progress, evaluate, first)
     stack.callback(run.writer.close)
     run.writer.timing(first, {"compile_seconds": compile_seconds})
-    run.evaluate_if_due(first, state.params)
+    run.evaluate_if_due(first, state.params, signals)
     progress.start(first)
     run.clock.reset()
     take_steps(run, first, state, step_function, loader, built.mesh, profile, signals)
@@ -147,7 +148,7 @@ def compile_and_create(config: ConfigDict, built: Built, state: State | None, fo
 
 def take_steps(run: Run, first: int, state: State, step_function: jax.stages.Compiled, loader: Any,
                mesh: Mesh, profile: Profile, signals: Signals) -> None:
-  """Does the steps behind step `first`. A signal ends it when its step is saved."""
+  """Does the steps behind step `first`, with their evaluations; a signal ends it, all saved."""
   config, numbers = run.config, None
   for step in range(first + 1, config.train.steps + 1):
     waiting = time.perf_counter()
@@ -174,7 +175,14 @@ def take_steps(run: Run, first: int, state: State, step_function: jax.stages.Com
     if stop:
       signals.check(f"stopped after step {step}, which is saved in {run.path}; "
                     "the same command continues")
-    run.evaluate_if_due(step, state.params)
+    try:
+      run.evaluate_if_due(step, state.params, signals)
+    except Interrupted:
+      if not save:  # the step is none of those that are saved anyway
+        run.row(step, state, numbers, flat, info)
+        run.save(step, state, loader)
+      run.checkpoints.finish(step)
+      raise
 
 
 def compile_step(config: ConfigDict, built: Built) -> jax.stages.Compiled:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from vlm_jax.core import stopping
 from vlm_jax.core.errors import NumericsError
 from vlm_jax.core.tree import flatten, unite
 from vlm_jax.core.typing import Params
@@ -108,16 +109,28 @@ class Run:
     data = unite(gather(loader.state()))
     self.checkpoints.save(step, state, data, self._meta | {"step": step})
 
-  def evaluate_if_due(self, step: int, params: Params) -> None:
-    """Runs every evaluation of the config when this step has one and its row is missing."""
+  def evaluate_if_due(self, step: int, params: Params, signals: Signals) -> None:
+    """Runs every evaluation of the config when this step has one and its row is missing.
+
+    A signal ends it between two batches, and at the next start all of it is done. Many hosts, which
+    would have to agree at every batch, hear it behind the evaluations.
+
+    Raises:
+      Interrupted: a signal came; the step is to be saved, if it is not.
+    """
     every = self.config.train.eval_every
     due = step == self.config.train.steps or every and step and step % every == 0
     if self._evaluate is None or not self.config.evals or not due or self._evaluated(step):
       return
     row = {}
-    for name in sorted(self.config.evals):
-      for key, value in self._evaluate(name, params, step).items():
-        row[f"eval/{name}/{key}"] = value
+    stopped = (f"stopped in the evaluation of step {step}, which is saved in {self.path}; the same "
+               "command evaluates it and continues")
+    check = lambda: signals.check(stopped) if jax.process_count() == 1 else None
+    with stopping.stoppable(check):
+      for name in sorted(self.config.evals):
+        stopping.point()
+        for key, value in self._evaluate(name, params, step).items():
+          row[f"eval/{name}/{key}"] = value
     self.writer.metrics(step, row)
     self.progress.say(f"step {step}  " + "  ".join(
       f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
