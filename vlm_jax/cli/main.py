@@ -46,7 +46,7 @@ EXIT_CODES = f"""exit codes:
   {errors.DISK:<4} a directory that is read-only, missing or full
   {errors.RETRY:<4} something else must finish first, e.g. another process holds the workdir
   {errors.NUMERICS:<4} loss or gradient is not finite
-  {errors.INTERRUPTED:<4} Ctrl-C; training finished its step, or a batch of an evaluation, and saved first
+  {errors.INTERRUPTED:<4} Ctrl-C; training finished its step (or batch of an evaluation) and saved
   {errors.TERMINATED:<4} SIGTERM; the same"""
 EXAMPLES = """examples:
   vlm-jax data prepare --config=configs/quickstart.py

@@ -161,7 +161,7 @@ def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "
   """
   if not prompt:
     return Document((*pictures, Text("", "text")), "", key)
-  module = find_fusion(config)
+  module = find_fusion(speaking(config))
   branch = int(f"masks/{module.STREAM}/q_class" in module.fields(config))
   return Document(interleave(prompt, pictures, branch), "", key)
 
