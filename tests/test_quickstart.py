@@ -7,7 +7,7 @@ import pytest
 from vlm_jax import quickstart, recipes
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import quickstart as command
-from vlm_jax.configs import base
+from vlm_jax.configs import older
 from vlm_jax.configs import quickstart as recipe
 from vlm_jax.core.errors import DataError, UsageError
 
@@ -24,7 +24,7 @@ class Trainer:
     self.trained, self.blind, self.fail = [], blind, fail
 
   def __call__(self, config, workdir, evaluate, fill):
-    assert fill is base.fill  # an interrupted quickstart may go on in a newer version
+    assert fill is older.fill  # an interrupted quickstart may go on in a newer version
     if workdir.name == self.fail:
       raise KeyboardInterrupt
     self.trained.append((workdir.name, config))

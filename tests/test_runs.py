@@ -8,6 +8,7 @@ from tests.train import tiny_fusion
 from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
+from vlm_jax.configs.older import fill
 from vlm_jax.core.errors import UsageError
 from vlm_jax.train import loop
 from vlm_jax.train.workdir import Workdir
@@ -127,8 +128,8 @@ def config_of(**fields):
 
 def test_an_older_run_is_continued_where_new_fields_stand_at_their_defaults(begun):
   before = (begun / "config.json").read_text()
-  Workdir(begun, config_of(), base.fill).close()
-  Workdir(begun, config_of(data__workers=2), base.fill).close()  # as in any run, that may change
+  Workdir(begun, config_of(), fill).close()
+  Workdir(begun, config_of(data__workers=2), fill).close()  # as in any run, that may change
   assert (begun / "config.json").read_text() == before
   with pytest.raises(UsageError, match="another config"):  # twin: nobody fills
     Workdir(begun, config_of())
@@ -145,13 +146,13 @@ def test_an_older_run_is_continued_where_new_fields_stand_at_their_defaults(begu
 ])
 def test_an_older_run_is_not_continued_by_another_config(begun, change, sentence):
   with pytest.raises(UsageError, match=sentence):
-    Workdir(begun, config_of(**change), base.fill)
+    Workdir(begun, config_of(**change), fill)
 
 
 def test_what_decides_the_model_is_not_guessed_to_continue_either(begun):
   older(begun, "llm.positions")
   with pytest.raises(UsageError, match="config.json has no config.llm.positions, which decides"):
-    Workdir(begun, config_of(), base.fill)
+    Workdir(begun, config_of(), fill)
 
 
 def test_the_command_continues_an_older_run(begun, monkeypatch, capsys):

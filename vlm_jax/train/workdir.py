@@ -28,7 +28,7 @@ from vlm_jax.core.writing import write_atomically
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
 FREE = ("data.workers", "data.prefetch", "train.log_every", "train.compilation_cache", "train.keep",
         "train.trackers", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor")
-# Adds the fields of now that the config of a file lacks, see `configs.base.fill`.
+# Adds the fields of now that the config of a file lacks, see `configs/older.py`.
 Fill = Callable[[ConfigDict, str], Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
