@@ -1,6 +1,8 @@
 """`vlm_jax.load`: what a bundle says is what training and evaluation compute, from wherever."""
 
+import dataclasses
 import io
+import json
 import subprocess
 import sys
 
@@ -13,14 +15,19 @@ from PIL import Image as PIL
 import vlm_jax
 from tests.data.broken_source import png
 from tests.evals.conftest import SOURCE, setup  # noqa: F401 (prepared data and a tiny model)
+from tests.fusion import contrast
+from tests.fusion import testing as t
 from vlm_jax.configs import base
+from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
+from vlm_jax.core.fusion import speaking
 from vlm_jax.core.tree import flatten
-from vlm_jax.data import images, pipeline
+from vlm_jax.data import images, pipeline, template
 from vlm_jax.data.pack import Packer
 from vlm_jax.evals import likelihood
 from vlm_jax.evals.run import evaluate
+from vlm_jax.fusion import blip2_itg
 from vlm_jax.generate.sampling import Sampling
 from vlm_jax.train import checkpoint_tools
 
@@ -255,6 +262,85 @@ def test_what_cannot_be_opened(run, recipe, bundle, tmp_path):
     bundle.embed(texts=["a"])
   with pytest.raises(AttributeError, match="no attribute 'lod'"):
     vlm_jax.lod  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def first_stage(setup):  # noqa: F811
+  """A model of BLIP-2's first stage, which captions under the name of another strategy."""
+  config = contrast.get_config("blip2_qformer")
+  words = setup[0].llm.vocab_size
+  config.llm.update(vocab_size=words, positions=12)
+  config.connector.update(vocab_size=words, positions=12)
+  config.data.update(root=setup[0].data.root, bad_limit=0.5, template="caption")
+  config.data.sources.pictures = base.source(name=SOURCE, form="caption")
+  config.evals.say = base.evaluation(kind="caption", source="pictures", split="test", batch=3,
+                                     max_tokens=4, controls=())
+  return vlm_jax.Bundle(config.lock(), contrast.sharp_params(config))
+
+
+@pytest.fixture(scope="module")
+def captioned(first_stage):
+  """Pictures with the first of their captions, one a record, without the damaged one."""
+  opened = pipeline.documents(first_stage.config, "pictures", "test", "caption")
+  found = {}
+  for one in map(opened.__getitem__, range(len(opened))):
+    if "broken" not in one.key:
+      found.setdefault(one.key.split("?")[0], one)
+  return list(found.values())
+
+
+def test_the_first_stage_writes_the_captions_of_the_evaluation(first_stage, captioned, tmp_path):
+  evaluate(first_stage.config, first_stage.params, tmp_path)
+  rows = [json.loads(line) for line in open(tmp_path / "predictions" / "say.jsonl")]
+  want = [(row["prediction"], pytest.approx(row["log_prob"], abs=1e-4)) for row in rows]
+  say = lambda documents, **options: [
+    (one.text, one.log_prob) for (one,) in first_stage.generate(documents, max_tokens=4, **options)]
+  assert len(want) == len(captioned) == 7 and len({row["prediction"] for row in rows}) > 1
+  assert say(captioned) == want == say(captioned, rows=3)
+  assert [row for one in captioned for row in say([one], write=lambda piece: None)] == want
+  shown = [one.parts[0] for one in captioned]
+  asked = [first_stage.answer("", [picture], max_tokens=4) for picture in shown]
+  assert [(one.text, one.log_prob) for one in asked] == want
+  assert first_stage.slots(first_stage.question("", shown[:1])) == asked[0].prompt_tokens == t.K + 1
+  twin = [dataclasses.replace(one, parts=(picture, *one.parts[1:]))
+          for one, picture in zip(captioned, shown[1:] + shown[:1], strict=True)]
+  assert say(twin) != want
+
+
+def test_the_first_stage_scores_captions_as_its_whole_pass_does(first_stage, captioned):
+  voice = speaking(first_stage.config).copy_and_resolve_references()
+  voice.data.rows = len(captioned)
+  encoded = [template.encode(one, first_stage.tokenizer, first_stage._decode) for one in captioned]
+  flat, where = contrast.pack(t.lay_out(encoded, voice), voice)
+  out = jax.jit(lambda params, flat: blip2_itg.Model(voice).apply(
+    {"params": params}, from_flat(flat)))(first_stage.params, flat)
+  whole = np.asarray(out.hidden, np.float64) @ np.asarray(out.head, np.float64)
+  scores, logits = first_stage.score(captioned), first_stage.logits(captioned)
+  for one, score, found in zip(captioned, scores, logits, strict=True):
+    row = where[one.key][0]
+    said = flat["streams/text/tokens"][row, t.K : len(found)]
+    assert score.tokens == tuple(said[1:]) and len(score.tokens) > 2
+    want = whole[row, : len(found)]
+    assert np.abs(found - want).max() < TOLERANCE * np.abs(want).max()
+    log_p = want[t.K : -1] - np.logaddexp.reduce(want[t.K : -1], axis=-1, keepdims=True)
+    by_hand = log_p[np.arange(len(said) - 1), said[1:]].sum()
+    off = log_p[np.arange(len(said) - 1), np.roll(said[1:], 1)].sum()  # twin: words out of order
+    error = lambda total, score=score: abs(total - score.log_prob) / abs(score.log_prob)
+    assert error(by_hand) < TOLERANCE < error(off) / 100
+
+
+def test_what_the_first_stage_cannot_do(first_stage, captioned):
+  with pytest.raises(UsageError, match="attention-map.*language model.*'blip2_qformer' has none"):
+    first_stage.answer("", [captioned[0].parts[0]], attention_map="x.png")
+  with pytest.raises(UsageError, match="says one text behind one picture"):
+    first_stage.score([Document((Text("a noise", loss=True),), "pictures", "x")])
+  config = first_stage.config.copy_and_resolve_references()
+  with config.unlocked():
+    del config.fusion.objectives.itg
+  silent = vlm_jax.Bundle(config, first_stage.params)
+  for ask in (silent.score, silent.logits, silent.generate):
+    with pytest.raises(UsageError, match="'blip2_qformer' compares pictures with texts and says"):
+      ask(captioned)
 
 
 def test_importing_the_package_loads_nothing_heavy():

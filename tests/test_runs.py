@@ -8,7 +8,9 @@ from tests.train import tiny_fusion
 from vlm_jax import runs
 from vlm_jax.cli import main as cli
 from vlm_jax.configs import base
+from vlm_jax.configs.older import fill
 from vlm_jax.core.errors import UsageError
+from vlm_jax.train import loop
 from vlm_jax.train.workdir import Workdir
 
 
@@ -97,3 +99,66 @@ def test_a_flamingo_has_a_bridge(tmp_path):
 def test_the_report_of_an_older_run_is_written(run):
   older(run, "data.decode", "optim.groups")
   assert cli.main(["report", f"--workdir={run}", "--allow-outside"]) == 0
+
+
+ADDED = ("evals.look.rerank", "data.sources.pairs.held_out", "data.decode", "train.keep_every",
+         "llm.unroll")
+
+
+@pytest.fixture
+def begun(run):
+  """The run of an older version, with a step behind it."""
+  (run / "metrics.jsonl").write_text('{"step": 1}\n')
+  older(run, *ADDED)
+  return run
+
+
+def config_of(**fields):
+  """The recipe of the run as it is now, with changes by flat names: evals__look__rerank=3."""
+  config = tiny_fusion.get_config()
+  config.evals.look = base.evaluation(source="pairs", limit=7)
+  for field, value in fields.items():
+    *groups, name = field.split("__")
+    node = config
+    for group in groups:
+      node = node[group]
+    node[name] = value
+  return config
+
+
+def test_an_older_run_is_continued_where_new_fields_stand_at_their_defaults(begun):
+  before = (begun / "config.json").read_text()
+  Workdir(begun, config_of(), fill).close()
+  Workdir(begun, config_of(data__workers=2), fill).close()  # as in any run, that may change
+  assert (begun / "config.json").read_text() == before
+  with pytest.raises(UsageError, match="another config"):  # twin: nobody fills
+    Workdir(begun, config_of())
+
+
+@pytest.mark.parametrize("change,sentence", [
+  (dict(evals__look__rerank=128), r"differs in evals.look.rerank \(0 -> 128\);"),
+  (dict(data__decode__draft=2), r"differs in data.decode.draft \(0 -> 2\);"),
+  (dict(llm__unroll=4), r"differs in llm.unroll \(1 -> 4\);"),
+  (dict(evals__look__limit=8), r"differs in evals.look.limit \(7 -> 8\);"),
+  (dict(optim__lr=0.5, data__sources__pairs__held_out=0.1),
+   r"differs in data.sources.pairs.held_out \(0.0 -> 0.1\), optim.lr \(0.01 -> 0.5\);"),
+  (dict(evals__more=base.evaluation(source="pairs")), "differs in evals.more.batch .'absent'"),
+])
+def test_an_older_run_is_not_continued_by_another_config(begun, change, sentence):
+  with pytest.raises(UsageError, match=sentence):
+    Workdir(begun, config_of(**change), fill)
+
+
+def test_what_decides_the_model_is_not_guessed_to_continue_either(begun):
+  older(begun, "llm.positions")
+  with pytest.raises(UsageError, match="config.json has no config.llm.positions, which decides"):
+    Workdir(begun, config_of(), fill)
+
+
+def test_the_command_continues_an_older_run(begun, monkeypatch, capsys):
+  monkeypatch.setattr(loop, "train", lambda config, workdir, *, evaluate, fill: Workdir(
+    workdir, config, fill).close())
+  assert cli.main(["train", f"--workdir={begun}"]) == 0
+  assert "evals.look.rerank=0" in capsys.readouterr().err
+  assert cli.main(["train", f"--workdir={begun}", "--config.evals.look.rerank=128"]) == 2
+  assert "differs in evals.look.rerank (0 -> 128)" in capsys.readouterr().err

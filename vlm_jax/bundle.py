@@ -28,7 +28,7 @@ from vlm_jax.configs import base
 from vlm_jax.convert import systems, table
 from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
 from vlm_jax.core.errors import DataError, UsageError
-from vlm_jax.core.fusion import Embeddings, Fusion, embeds, find_fusion
+from vlm_jax.core.fusion import Embeddings, Fusion, embeds, find_fusion, speaking
 from vlm_jax.core.layout import Layout
 from vlm_jax.core.mesh import make_mesh
 from vlm_jax.core.typing import Params
@@ -84,7 +84,11 @@ class Bundle:
 
   @property
   def module(self) -> Fusion:
-    """The strategy; its `Model(config)` is the Linen module."""
+    """The strategy; its `Model(config)` is the Linen module.
+
+    What says what a model has learned to say may be another one, see `core.fusion.speaking`; it is
+    asked where words are asked for.
+    """
     return find_fusion(self.config)
 
   @functools.cached_property  # read when it is first asked for: not everybody needs words
@@ -117,7 +121,7 @@ class Bundle:
     """The document of one question about pictures, see `generate.answer.ask`.
 
     Raises:
-      UsageError: an empty prompt, or a number of `<image>` that is not the pictures'.
+      UsageError: a number of `<image>` that is not the pictures', or no word beside them.
       DataError: a picture cannot be read.
     """
     return ask(self.config, prompt, [self.image(picture) for picture in pictures])
@@ -132,8 +136,8 @@ class Bundle:
     Raises:
       UsageError, DataError: as `score`.
     """
-    found = dict(likelihood.logits_of_layouts(self.config, self.params, self._layouts(documents),
-                                              rows))
+    found = dict(likelihood.logits_of_layouts(speaking(self.config), self.params,
+                                              self._layouts(documents), rows))
     return [found[number] for number in range(len(documents))]
 
   def score(self, documents: Sequence[Document], rows: int = 8) -> list[Score]:
@@ -149,10 +153,11 @@ class Bundle:
       UsageError: the strategy says nothing, or cannot lay a document out.
       DataError: a document has nothing to predict, or a picture cannot be read.
     """
-    laid_out = self._layouts(documents)
+    config, laid_out = speaking(self.config), self._layouts(documents)
+    path = f"streams/{find_fusion(config).STREAM}/targets"
     found: dict[int, Score] = {}
-    for number, log_p, predicted in likelihood.of_layouts(self.config, self.params, laid_out, rows):
-      targets = laid_out[number].arrays[f"streams/{self.module.STREAM}/targets"]
+    for number, log_p, predicted in likelihood.of_layouts(config, self.params, laid_out, rows):
+      targets = laid_out[number].arrays[path]
       found[number] = Score(tuple(targets[predicted].tolist()), log_p[predicted])
     return [found[number] for number in range(len(documents))]
 
@@ -209,15 +214,16 @@ class Bundle:
     """Answers one question.
 
     Args:
-      prompt: the question; an `<image>` in it says where the next picture stands.
+      prompt: the question; an `<image>` in it says where the next picture stands. "" asks for a
+        caption.
       pictures: shown in this order; before the question when it has no `<image>`.
       max_tokens, sampling, write: as in `generate`.
       attention_map: PNG to draw the attention over the pictures of every word in, "": none.
       attention_layers: the layers to average there, (): all; see `maps.word_maps`.
 
     Raises:
-      UsageError: an empty prompt, max_tokens below 1, a number of `<image>` that is not the
-        pictures', an `attention_map` that is no PNG, or as `maps.word_maps`.
+      UsageError: max_tokens below 1, an `attention_map` that is no PNG, or as `question` and
+        `maps.word_maps`.
       DataError: a picture cannot be read.
       DiskError: `attention_map` is in no directory or cannot be written.
     """
@@ -237,7 +243,7 @@ class Bundle:
   def slots(self, document: Document) -> int:
     """How many slots a conversation takes that is to be answered, images included."""
     encoded = self._encode(_open(document), template.encode_prompt)
-    return slots(layouts([encoded], self.config)[0])
+    return slots(layouts([encoded], speaking(self.config))[0])
 
   def embed(self, pictures: Iterable[Picture] = (), texts: Iterable[str] = (), rows: int = 8
             ) -> Embeddings:
@@ -269,11 +275,13 @@ class Bundle:
 
   def _layouts(self, documents: Sequence[Document]) -> list[Layout]:
     """What training makes of documents; of what it draws, as the evaluation of perplexity draws."""
-    if not self.module.STREAM:
-      raise UsageError(f"config.fusion.name '{self.config.fusion.name}' compares pictures with "
+    config = speaking(self.config)
+    module = find_fusion(config)
+    if not module.STREAM:
+      raise UsageError(f"config.fusion.name '{config.fusion.name}' compares pictures with "
                        "texts and says nothing; use `embed`")
-    return [self.module.layout(self._encode(one, template.encode), self.config,
-                               np.random.default_rng([self.config.seed, number]))
+    return [module.layout(self._encode(one, template.encode), config,
+                          np.random.default_rng([config.seed, number]))
             for number, one in enumerate(documents)]
 
   def _encode(self, document: Document, encode: Callable[..., Encoded]) -> Encoded:

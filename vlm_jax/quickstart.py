@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.configs import older
 from vlm_jax.core.errors import DataError
 from vlm_jax.core.writing import write_atomically
 from vlm_jax.data import prepare
@@ -64,7 +65,8 @@ def run(configs: dict[str, ConfigDict], workdir: str | Path,
       continue
     log(f"[{number}/{len(PARTS)}] {name}: {configs[name].train.steps} steps in {path / name}")
     start = time.perf_counter()
-    row = train(configs[name], path / name, evaluate=evals.in_loop(configs[name], path / name))
+    row = train(configs[name], path / name, evaluate=evals.in_loop(configs[name], path / name),
+                fill=older.fill)
     done[name] = {"row": row, "seconds": time.perf_counter() - start}
     write_atomically(path / STATE, json.dumps(done, indent=2))
   rows = {name: done[name]["row"] for name in PARTS}

@@ -13,6 +13,7 @@ from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError, UserError, nearest
 
 FOLDER = Path(base.__file__).parent
+NO_RECIPES = ("base.py", "older.py")
 
 
 def find_recipe(path: str) -> Path:
@@ -28,7 +29,7 @@ def find_recipe(path: str) -> Path:
   if inside is not None and inside.is_file():
     return inside
   known = [f"configs/{recipe.name}" for recipe in FOLDER.glob("[!_]*.py")
-           if recipe.name != "base.py"]
+           if recipe.name not in NO_RECIPES]
   raise UsageError(f"--config: no file '{path}'; {nearest(path, known)}")
 
 

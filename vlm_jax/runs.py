@@ -1,7 +1,6 @@
 """The frozen config and the checkpoints of a run directory; `vlm_jax.load` is the way to use them.
 
-A run of an older version lacks the fields that were added since. What does not decide the model is
-taken from `configs/base.py`; a field that does is never guessed.
+The config of an older version is filled first, see `configs/older.py`.
 """
 
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.configs import base
+from vlm_jax.configs import base, older
 
 Load = Callable[[int | None], tuple[dict[str, Any], int]]
 
@@ -73,7 +72,7 @@ def frozen(workdir: str | Path, root: str | None = None, outside: bool = False) 
 
   config = load_config(workdir, outside=outside)
   path = Path(workdir) / "config.json"
-  if filled := base.fill(config, str(path)):
+  if filled := older.fill(config, str(path)):
     print(f"{path} is of an older version; from configs/base.py: {', '.join(filled)}",
           file=sys.stderr)
   if root:

@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 import vlm_jax
 from tests.data.broken_source import png
@@ -146,12 +147,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle, capsys, monkeypatch
   assert chat.read() == "" and "/quit or Ctrl-D ends" in capsys.readouterr().err
 
 
-def test_what_cannot_speak_is_refused(talk, bundle, monkeypatch):
+@pytest.mark.parametrize("name,objective,sentence", [
+  ("clip", "contrast", "a 'clip' compares pictures with texts and says nothing"),
+  ("blip2_qformer", "itc", "a 'blip2_qformer' compares pictures with texts and says nothing"),
+  ("blip2_qformer", "itg", "a 'blip2_qformer' captions pictures and is not talked with; use `vlm"),
+])
+def test_what_cannot_speak_is_refused(talk, bundle, monkeypatch, name, objective, sentence, capsys):
   config = bundle.config.copy_and_resolve_references()
-  config.fusion.name = "clip"
+  config.fusion.name, config.fusion.objectives = name, ConfigDict({objective: 1.0})
   monkeypatch.setattr(vlm_jax, "load", lambda *args, **options: vlm_jax.Bundle(config, {}))
   code = cli.main(["chat", "--workdir=run"])
-  assert code == USAGE
+  assert code == USAGE and sentence in capsys.readouterr().err
 
 
 def test_a_question_that_fails_changes_nothing(bundle):

@@ -78,6 +78,41 @@ def test_signal_while_compiling(tmp_path):
   assert steps(tmp_path / "run" / "checkpoints") == []
 
 
+def evaluated(workdir):
+  """Steps whose evaluation is in the log."""
+  return [row["step"] for row in trackers.read(workdir / "metrics.jsonl")
+          if "eval/quiz/accuracy" in row]
+
+
+def test_a_signal_is_heard_between_two_batches_of_an_evaluation(cache, tmp_path):
+  """Within the run, at a step that is saved for it alone, and at its end; nothing is lost."""
+  fields = ("train.eval_every=6", "train.checkpoint_every=4")
+  assert start(tmp_path / "whole", cache, "quiz=0:1", *fields).wait() == 0
+  for number, code, step in ((signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 12)):
+    process = start(tmp_path / "run", cache, f"quiz={step}:6000", *fields)
+    assert process.says(f"asking at step {step}")
+    process.send(number)
+    assert process.wait(60) == code, process.lines
+    assert any(f"stopped in the evaluation of step {step}, which is saved" in line
+               for line in process.lines)
+    assert steps(tmp_path / "run" / "checkpoints")[-1] == step
+    assert evaluated(tmp_path / "run") == list(range(6, step, 6))
+  assert "asking at step 6" in process.lines  # it was asked again from the beginning
+  assert start(tmp_path / "run", cache, "quiz=0:1", *fields).wait() == 0
+  assert evaluated(tmp_path / "run") == [6, 12]
+  assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_a_signal_that_an_evaluation_does_not_hear(cache, tmp_path):
+  """The twin: it goes on to its end, and the run to that of the next step."""
+  process = start(tmp_path, cache, "quiz=6:20", "deaf=1", "train.eval_every=6")
+  assert process.says("asking at step 6")
+  process.send(signal.SIGTERM)
+  assert process.wait(60) == 143, process.lines
+  assert not any("stopped in the evaluation" in line for line in process.lines)
+  assert evaluated(tmp_path) == [6] and steps(tmp_path / "checkpoints")[-1] == 7
+
+
 def test_second_signal_leaves_at_once(cache, tmp_path):
   process = start(tmp_path, cache, "hang=3")
   assert process.says("hanging")

@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> None:
   check_tokens(args.max_tokens)
   sampling = recipes.sampling(args)
   bundle = recipes.open_model(args)
-  if not bundle.module.STREAM:
-    raise UsageError(f"--workdir {args.workdir}: a '{bundle.config.fusion.name}' compares pictures "
-                     "with texts and says nothing; give a model that speaks")
+  refuse_silence(bundle.config, args.workdir)
   chat = Chat(bundle, args.max_tokens, sampling)
   chat.show(args.image)
   tell(f"{bundle.config.fusion.name} at step {bundle.step}; /image FILE shows a picture, /clear "
@@ -52,6 +50,19 @@ def run(args: argparse.Namespace) -> None:
         return
     except UserError as error:
       tell(str(error))
+
+
+def refuse_silence(config: Any, workdir: str) -> None:
+  """Raises a UsageError for a model that says nothing, or nothing but captions."""
+  from vlm_jax.core.fusion import find_fusion, speaking
+
+  voice, name = speaking(config), config.fusion.name
+  if not find_fusion(voice).STREAM:
+    raise UsageError(f"--workdir {workdir}: a '{name}' compares pictures with texts and says "
+                     "nothing; give a model that speaks")
+  if voice.fusion.name != name:  # it says what another objective than a conversation has taught
+    raise UsageError(f"--workdir {workdir}: a '{name}' captions pictures and is not talked with; "
+                     "use `vlm-jax generate --prompt= --image=FILE`, or give a model that answers")
 
 
 def read() -> str | None:

@@ -19,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   recipes.model(parser)
   parser.add_argument("--prompt", required=True,
-                      help="the question; <image> in it is the place of a picture")
+                      help="the question, empty for a caption; <image> in it is the place of a "
+                           "picture")
   parser.add_argument("--image", action="append", default=[], metavar="FILE",
                       help="a picture; may be repeated, in the order of the question's <image>")
   recipes.answering(parser, 32)

@@ -46,8 +46,8 @@ EXIT_CODES = f"""exit codes:
   {errors.DISK:<4} a directory that is read-only, missing or full
   {errors.RETRY:<4} something else must finish first, e.g. another process holds the workdir
   {errors.NUMERICS:<4} loss or gradient is not finite
-  {errors.INTERRUPTED:<4} Ctrl-C; training finished its step and saved first
-  {errors.TERMINATED:<4} SIGTERM; training finished its step and saved first"""
+  {errors.INTERRUPTED:<4} Ctrl-C; training finished its step (or batch of an evaluation) and saved
+  {errors.TERMINATED:<4} SIGTERM; the same"""
 EXAMPLES = """examples:
   vlm-jax data prepare --config=configs/quickstart.py
   vlm-jax train --config=configs/llava.py:debug --config.train.steps=100 --workdir=runs/first

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> None:
   config = recipes.read(args) if args.config else runs.frozen(args.workdir)
   if not args.config:
     recipes.override(config, args.overrides)
+  from vlm_jax.configs.older import fill
   from vlm_jax.evals.run import in_loop
   from vlm_jax.train.loop import train
 
-  train(config, args.workdir, evaluate=in_loop(config, args.workdir))
+  train(config, args.workdir, evaluate=in_loop(config, args.workdir), fill=fill)

@@ -1,18 +1,8 @@
 """Every field of a config, with its default. A recipe changes what it needs and adds nothing."""
 
-import re
-
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError, nearest
-
-MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
-COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
-# Models of before there was `bridge` had none of these; their defaults are what such models did.
-WITH_BRIDGE = re.compile(
-  "bridge|connector.(width|latents|depth|heads|norm_eps|kv_heads|head_dim|norm|feed_forward|qk_norm"
-  "|slot_width|cross_every|vocab_size|positions)|fusion.(start|new_tokens|say_new|next_image"
-  "|predict_unseen|pooling|compat)|llm.(cross|relative_buckets|relative_distance)|tower.read_class")
 
 
 def source(**overrides) -> ConfigDict:
@@ -49,7 +39,27 @@ def get_config(arg: str = "") -> ConfigDict:
   config.outside = True  # modules outside vlm_jax may be named (False when read from a checkpoint)
   config.profile = ""  # "steps:10-15" writes a trace of these steps into the run directory
 
-  config.fusion = ConfigDict(
+  config.fusion = _fusion()
+  config.bridge = _bridge()
+  config.tower = _tower()
+  config.connector = _connector()
+  config.llm = _llm()
+  config.attention = _attention()
+  config.lora = _lora()
+  config.precision = ConfigDict(dict(param="float32", compute="float32"))
+
+  config.data = _data()
+  config.train = _train()
+  config.optim = _optim()
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
+  config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
+  return config
+
+
+def _fusion() -> ConfigDict:
+  """The strategy. A field that names modules is read by those only."""
+  return ConfigDict(
     dict(
       name="prefix_lm",  # module in vlm_jax/fusion
       # concat: "causal" or "bidirectional" inside an image; flamingo: text sees "last" or "all"
@@ -68,8 +78,30 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",  # a model: a run, a checkpoint of Hugging Face, big_vision's .npz, LAVIS' .pth
     )
   )
-  config.bridge = _bridge()
-  config.tower = ConfigDict(
+
+
+def _bridge() -> ConfigDict:
+  """The gated layers of flamingo between those of the language model."""
+  return ConfigDict(
+    dict(
+      every=1,  # n, one before layer i where i % n == first
+      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
+      heads=0,  # 0: the language model's, as below
+      head_dim=0,
+      mlp=0,  # width of the hidden layer, 0: four times the language model's width
+      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
+      norm_eps=1e-5,
+      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
+      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
+      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
+      gate="scalar",  # "scalar", or "vector": a gate for every channel
+    )
+  )
+
+
+def _tower() -> ConfigDict:
+  """The vision tower. A field that names modules is read by those only."""
+  return ConfigDict(
     dict(
       name="vit",  # module in vlm_jax/towers
       image_size=64,  # height and width of the pixels it sees
@@ -101,98 +133,6 @@ def get_config(arg: str = "") -> ConfigDict:
       init="",  # weights to start from: safetensors, .npz, .gguf, .pth or a run directory
     )
   )
-  config.connector = _connector()
-  config.llm = _llm()
-  config.attention = ConfigDict(
-    dict(
-      implementation="auto",  # auto: the first that does not decline; or one by name
-      block_q=0,  # block sizes of the blocked implementations, 0: what suits lengths and platform
-      block_k=0,
-    )
-  )
-  config.lora = ConfigDict(
-    dict(
-      # Of the adapters (arXiv:2106.09685), 0: none. A node of the config that has some trains by
-      # them alone, the others as the stage says.
-      rank=0,
-      alpha=16.0,  # an adapter's product is multiplied with alpha / rank
-      dropout=0.0,  # of what an adapter reads, while training
-      targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
-      init="",  # directory of adapters in PEFT's format to start from
-    )
-  )
-  config.precision = ConfigDict(dict(param="float32", compute="float32"))
-
-  config.data = ConfigDict(
-    dict(
-      root="data",  # where `vlm-jax data prepare` wrote the ArrayRecord files
-      sources=ConfigDict(),  # name to source(...)
-      rows=16,  # packed rows of one step, over all hosts
-      tokens=512,  # slots of a row's text axis
-      decoder_tokens=0,  # encoder-decoders: slots of the decoder's axis, 0: one more than tokens
-      images=4,  # image slots of a row
-      window=0,  # longest piece of a text-only document in tokens, 0: a whole row
-      shards=1,  # logical data shards, divisible by every number of hosts you will use
-      workers=0,  # processes that read, decode and lay out, per shard and source
-      prefetch=2,  # packed steps kept ready
-      bad_limit=0.01,  # abort when more than this share of records is bad
-      tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
-      instruction_tokenizer="",  # instructblip: the Q-Former's, as `tokenizer`; "": the same one
-      instruction_tokens=64,  # instructblip: the most that the Q-Former reads with a picture
-      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain",
-      # "open_flamingo", or a template: "checkpoint", that of the tokenizer's directory; a .jinja
-      # file; Jinja itself.
-      template="marks",
-    )
-  )
-  config.data.decode = ConfigDict(
-    dict(
-      max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
-      max_aspect=200,  # so are images with a side this many times longer than the other
-      background=(255, 255, 255),  # under transparency, 0 to 255
-      border=(255, 255, 255),  # around letterboxed and padded images
-      draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
-      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad, naflex
-      shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
-      grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
-      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_... or torch_uint8_bicubic
-    )
-  )
-  config.train = ConfigDict(
-    dict(
-      steps=1000,
-      accumulation=1,  # split the rows of a step into this many backward passes
-      log_every=20,
-      checkpoint_every=200,
-      keep=2,  # newest checkpoints kept
-      keep_every=0,  # also keep every n-th step for ever (0: none)
-      eval_every=0,  # in-loop evaluation every n steps (0: at the end only)
-      trackers=("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb (offline by default)
-      compilation_cache="",  # folder of the persistent compilation cache; "": below data.root
-    )
-  )
-  config.optim = ConfigDict(
-    dict(
-      name="adamw",
-      lr=1e-3,  # peak learning rate
-      schedule="cosine",  # constant, linear, cosine, rsqrt after the warm-up
-      warmup=50,  # steps
-      end_lr=0.0,  # share of the peak at the last step
-      b1=0.9,
-      b2=0.95,
-      eps=1e-8,
-      weight_decay=0.1,
-      decay_pattern=r".*(kernel|embedding)$",  # parameters that weight decay applies to
-      clip=1.0,  # global gradient norm, 0: off
-      groups=(),  # (pattern, learning rate multiplier), first match wins
-      warmups=(),  # (pattern, steps of a warm-up of its own), first match wins
-      frozen=(),  # patterns that never train, e.g. "tower/.*", "llm/layers[:2]/.*"
-    )
-  )
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-  config.evals = ConfigDict()  # name to one evaluation, see vlm_jax/evals
-  config.weights = ConfigDict()  # name to weights(...): files that `data prepare` fetches
-  return config
 
 
 def _connector() -> ConfigDict:
@@ -224,25 +164,6 @@ def _connector() -> ConfigDict:
       remat="none",
       unroll=1,
       init="",
-    )
-  )
-
-
-def _bridge() -> ConfigDict:
-  """The gated layers of flamingo between those of the language model."""
-  return ConfigDict(
-    dict(
-      every=1,  # n, one before layer i where i % n == first
-      first=0,  # 0: Flamingo, IDEFICS; n - 1: OpenFlamingo
-      heads=0,  # 0: the language model's, as below
-      head_dim=0,
-      mlp=0,  # width of the hidden layer, 0: four times the language model's width
-      norm="layer",  # "layer" (Flamingo) or "rms" (IDEFICS)
-      norm_eps=1e-5,
-      feed_forward="plain",  # "plain" (Flamingo) or "gated" (IDEFICS), without biases
-      activation="relu2",  # Flamingo: relu2, squared; OpenFlamingo: gelu; IDEFICS: silu
-      qk_norm="",  # "rms": of queries and keys (IDEFICS, qk_layer_norms)
-      gate="scalar",  # "scalar", or "vector": a gate for every channel
     )
   )
 
@@ -292,6 +213,115 @@ def _llm() -> ConfigDict:
       remat="none",
       unroll=1,
       init="",
+    )
+  )
+
+
+def _attention() -> ConfigDict:
+  """The kernel of attention."""
+  return ConfigDict(
+    dict(
+      implementation="auto",  # auto: the first that does not decline; or one by name
+      block_q=0,  # block sizes of the blocked implementations, 0: what suits lengths and platform
+      block_k=0,
+    )
+  )
+
+
+def _lora() -> ConfigDict:
+  """Adapters beside linear layers."""
+  return ConfigDict(
+    dict(
+      # Of the adapters (arXiv:2106.09685), 0: none. A node of the config that has some trains by
+      # them alone, the others as the stage says.
+      rank=0,
+      alpha=16.0,  # an adapter's product is multiplied with alpha / rank
+      dropout=0.0,  # of what an adapter reads, while training
+      targets=("llm/.*/attention/(query|value)",),  # patterns of linear layers, see optim.frozen
+      init="",  # directory of adapters in PEFT's format to start from
+    )
+  )
+
+
+def _data() -> ConfigDict:
+  """What is read, and how it is packed."""
+  return ConfigDict(
+    dict(
+      root="data",  # where `vlm-jax data prepare` wrote the ArrayRecord files
+      sources=ConfigDict(),  # name to source(...)
+      rows=16,  # packed rows of one step, over all hosts
+      tokens=512,  # slots of a row's text axis
+      decoder_tokens=0,  # encoder-decoders: slots of the decoder's axis, 0: one more than tokens
+      images=4,  # image slots of a row
+      window=0,  # longest piece of a text-only document in tokens, 0: a whole row
+      shards=1,  # logical data shards, divisible by every number of hosts you will use
+      workers=0,  # processes that read, decode and lay out, per shard and source
+      prefetch=2,  # packed steps kept ready
+      bad_limit=0.01,  # abort when more than this share of records is bad
+      tokenizer="",  # tokenizer.json, a checkpoint's directory; "": what `data prepare` trained
+      instruction_tokenizer="",  # instructblip: the Q-Former's, as `tokenizer`; "": the same one
+      instruction_tokens=64,  # instructblip: the most that the Q-Former reads with a picture
+      # What writes turns: "marks", "newline" (PaliGemma), "caption" (CLIP), "plain",
+      # "open_flamingo", or a template: "checkpoint", that of the tokenizer's directory; a .jinja
+      # file; Jinja itself.
+      template="marks",
+      decode=_decode(),
+    )
+  )
+
+
+def _decode() -> ConfigDict:
+  """How a picture becomes pixels."""
+  return ConfigDict(
+    dict(
+      max_pixels=64 * 1024 * 1024,  # larger images are bad records, told by their header
+      max_aspect=200,  # so are images with a side this many times longer than the other
+      background=(255, 255, 255),  # under transparency, 0 to 255
+      border=(255, 255, 255),  # around letterboxed and padded images
+      draft=0,  # n: decode JPEGs reduced, to n times the target at least (fast, inexact); 0: whole
+      fit="stretch",  # how an image becomes a square: stretch, center_crop, letterbox, pad, naflex
+      shorter=0,  # center_crop: the shorter side before the cut, 0: image_size
+      grids=(),  # llava_next: (rows, columns) of tiles that a picture may be cut into
+      kernel="bicubic",  # Pillow's nearest, box, bilinear, ...; torch_... or torch_uint8_bicubic
+    )
+  )
+
+
+def _train() -> ConfigDict:
+  """The loop."""
+  return ConfigDict(
+    dict(
+      steps=1000,
+      accumulation=1,  # split the rows of a step into this many backward passes
+      log_every=20,
+      checkpoint_every=200,
+      keep=2,  # newest checkpoints kept
+      keep_every=0,  # also keep every n-th step for ever (0: none)
+      eval_every=0,  # in-loop evaluation every n steps (0: at the end only)
+      trackers=("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb (offline by default)
+      compilation_cache="",  # folder of the persistent compilation cache; "": below data.root
+    )
+  )
+
+
+def _optim() -> ConfigDict:
+  """The optimizer."""
+  return ConfigDict(
+    dict(
+      name="adamw",
+      lr=1e-3,  # peak learning rate
+      schedule="cosine",  # constant, linear, cosine, rsqrt after the warm-up
+      warmup=50,  # steps
+      end_lr=0.0,  # share of the peak at the last step
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      decay_pattern=r".*(kernel|embedding)$",  # parameters that weight decay applies to
+      clip=1.0,  # global gradient norm, 0: off
+      groups=(),  # (pattern, learning rate multiplier), first match wins
+      warmups=(),  # (pattern, steps of a warm-up of its own), first match wins
+      frozen=(),  # patterns that never train, e.g. "tower/.*", "llm/layers[:2]/.*"
     )
   )
 
@@ -369,36 +399,3 @@ def evaluation(**overrides) -> ConfigDict:
 def entries() -> dict[str, ConfigDict]:
   """The groups whose members a recipe names itself, and the fields that a member has."""
   return {"data.sources": source(), "evals": evaluation(), "weights": weights()}
-
-
-def fill(config: ConfigDict, path: str) -> list[str]:
-  """Adds the fields of this file that a config lacks, and returns them as "name=value".
-
-  Raises:
-    UsageError: one of them decides the model; the sentence names `path`, where it belongs.
-  """
-  models, filled = entries(), []
-  before = "bridge" not in config and config.get("fusion", {}).get("name") != "flamingo"
-
-  def visit(node: ConfigDict, model: ConfigDict, prefix: str) -> None:
-    if prefix in models:
-      for name in node:
-        visit(node[name], models[prefix], f"{prefix}.{name}")
-      return
-    if prefix == "fusion.objectives":
-      return  # the strategy names them, and training has refused what is none
-    for name, default in model.items():
-      field = f"{prefix}.{name}" if prefix else name
-      if name in node:
-        if isinstance(default, ConfigDict):
-          visit(node[name], default, field)
-        continue
-      known = name in COMPUTED or before and WITH_BRIDGE.fullmatch(field)
-      if field.split(".")[0] in MODEL and not known:
-        raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
-                         f"there as it was in the version that trained it (now: {default!r})")
-      node[name] = default
-      filled.append(f"{field}={default!r}" if not isinstance(default, ConfigDict) else field)
-
-  visit(config, get_config(), "")
-  return filled

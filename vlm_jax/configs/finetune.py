@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.configs import base
+from vlm_jax.configs import base, older
 from vlm_jax.convert import systems
 from vlm_jax.core import digest
 from vlm_jax.core.document import Image
@@ -143,8 +143,8 @@ def of_run(path: Path, config: ConfigDict) -> None:
     raise UsageError(f"--config: init={path} is neither a run directory nor a Hugging Face "
                      "checkpoint (there is no config.json); name one of these")
   theirs = workdir.load_config(path)
-  base.fill(theirs, str(path / "config.json"))
-  for group in (*base.MODEL, "data"):
+  older.fill(theirs, str(path / "config.json"))
+  for group in (*older.MODEL, "data"):
     config[group] = theirs[group]
   for node in ("tower", "connector", "llm"):
     config[node].init = ""  # what they named is in the run's parameters now

@@ -14,8 +14,8 @@ BUG = 70  # an exception that is not a UserError
 DISK = 73  # read-only, full or missing directory
 RETRY = 75  # another process holds the workdir, a host is missing: try again later
 NUMERICS = 76  # loss or gradient is not finite
-INTERRUPTED = 130  # Ctrl-C: the step was finished and saved
-TERMINATED = 143  # SIGTERM: the step was finished and saved
+INTERRUPTED = 130  # Ctrl-C: the step, or the batch of an evaluation, was finished, all is saved
+TERMINATED = 143  # SIGTERM: the same
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core import batch as batches
+from vlm_jax.core import stopping
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import Embeddings, embeddings_of, find_fusion
@@ -58,6 +59,7 @@ def of(config: ConfigDict, params: Params, documents: Sequence[Encoded], rows: i
     one[stream] = max(lay_out(document).sizes[stream] for document in documents)
   found = []
   for start in range(0, len(documents), rows):
+    stopping.point()
     chosen = documents[start : start + rows]
     flat = batches.empty(fields, one, rows)
     for row, document in enumerate(chosen):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlm_jax.core import stopping
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.fusion import find_fusion
@@ -46,6 +47,7 @@ def logits_of_layouts(
   """Yields (number of the document, logits f32[t,V] of its slots); see `of_layouts`."""
   frozen, stream = FrozenConfigDict(config), find_fusion(config).STREAM
   for chosen in by_length(laid_out, rows):
+    stopping.point()
     flat = _stacked([laid_out[i] for i in chosen], config, rows)
     found = np.asarray(logits(frozen, params, flat))
     for row, index in enumerate(chosen):
@@ -69,6 +71,7 @@ def of_layouts(
   """
   frozen, stream = FrozenConfigDict(config), find_fusion(config).STREAM
   for chosen in by_length(laid_out, rows):
+    stopping.point()
     flat = _stacked([laid_out[i] for i in chosen], config, rows)
     log_p = np.asarray(log_likelihoods(frozen, params, flat))
     for row, index in enumerate(chosen):

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core import batch as batches
+from vlm_jax.core import stopping
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.document import Encoded, Pixels, Tokens
 from vlm_jax.core.fusion import find_fusion
@@ -54,6 +55,7 @@ def _scores(config: ConfigDict, params: Params, pairs: list[Encoded], rows: int)
   one = {field.axis: 1 for field in fields.values()}
   found = []
   for start in range(0, len(pairs), rows):
+    stopping.point()
     chosen = pairs[start : start + rows]
     flat = batches.empty(fields, one, rows)
     for row, pair in enumerate(chosen):
@@ -85,6 +87,7 @@ def matches(config: ConfigDict, params: Params, pictures: Sequence[Encoded],
   for number, picture in enumerate(pictures):
     shown, columns = lay_out(picture), np.flatnonzero(chosen[number])
     for start in range(0, len(columns), rows):
+      stopping.point()
       some = columns[start : start + rows]
       flat = batches.empty(fields, one, rows)
       for path in flat:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.core import stopping
 from vlm_jax.core.document import Document
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data import pipeline
@@ -60,6 +61,7 @@ class Split:
       DataError: too many documents are bad.
     """
     for index in self._numbers:
+      stopping.point()
       try:
         document = self._documents[index]
         encoded = encode(document)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.core import stopping
 from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion, speaking
@@ -76,6 +77,7 @@ def answers(
   config = speaking(config)
   laid_out = layouts(prompts, config)
   for chosen in by_length(laid_out, rows):
+    stopping.point()
     batch = stack([laid_out[i] for i in chosen], config, rows=rows, bucket=BUCKET, turns=turns)
     numbers = sampling.seed + np.pad(chosen, (0, rows - len(chosen)))
     said = jax.device_get(generate(config, params, batch, max_tokens=max_tokens,
@@ -159,7 +161,7 @@ def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "
   """
   if not prompt:
     return Document((*pictures, Text("", "text")), "", key)
-  module = find_fusion(config)
+  module = find_fusion(speaking(config))
   branch = int(f"masks/{module.STREAM}/q_class" in module.fields(config))
   return Document(interleave(prompt, pictures, branch), "", key)
 

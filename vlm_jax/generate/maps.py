@@ -136,12 +136,15 @@ def check(config: ConfigDict, pictures: int, layers: Sequence[int]) -> None:
   """Refuses what cannot be drawn, before anything is computed.
 
   Raises:
-    UsageError: no picture, a layer that does not exist, slots that are no grid, or a model whose
-      pictures are not in the stream that speaks.
+    UsageError: no picture, a layer that does not exist, slots that are no grid, a model whose
+      pictures are not in the stream that speaks, or one without a language model that does.
   """
   if not pictures:
     raise UsageError("--attention-map needs a picture; give one with --image")
   module = find_fusion(config)
+  if not module.STREAM or hasattr(module, "empty_cache"):
+    raise UsageError("--attention-map draws layers of the language model that speaks, and "
+                     f"config.fusion.name '{config.fusion.name}' has none; leave it out")
   apart = [name for name, (queries, keys) in mask_axes(module.fields(config)).items()
            if queries == module.STREAM != keys]
   if apart:

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave with a code; the second one leaves at once."""
+"""SIGTERM and Ctrl-C: finish the step or the batch of an evaluation, save, leave with a code.
+
+The second one leaves at once.
+"""
 
 import atexit
 import os
@@ -40,7 +43,8 @@ class Signals:
     self.received = number
     self._event.set()
     name = signal.Signals(number).name
-    line = f"\nvlm-jax: {name}: finishing the step and saving (again: leave at once)\n"
+    line = (f"\nvlm-jax: {name}: finishing the step, or the batch of an evaluation, and saving "
+            "(again: leave at once)\n")
     os.write(2, line.encode())
 
   def check(self, message: str) -> None:

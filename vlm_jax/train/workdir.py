@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,8 @@ from vlm_jax.core.writing import write_atomically
 # Another mesh only rounds differently, and a run must go on with the devices that are left.
 FREE = ("data.workers", "data.prefetch", "train.log_every", "train.compilation_cache", "train.keep",
         "train.trackers", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor")
+# Adds the fields of now that the config of a file lacks, see `configs/older.py`.
+Fill = Callable[[ConfigDict, str], Any]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -35,13 +38,18 @@ class Workdir:
 
   In a job of many hosts all of them share the directory and the first one holds the lock.
 
+  Args:
+    path: the directory.
+    config: every field.
+    fill: what makes the config of a run of an older version comparable; None: nothing is lacking.
+
   Raises:
     DiskError: the directory cannot be made or written.
     RetryError: another process holds it.
-    UsageError: it belongs to a run with a different config.
+    UsageError: it belongs to a run with a different config, or as `fill`.
   """
 
-  def __init__(self, path: str | Path, config: ConfigDict):
+  def __init__(self, path: str | Path, config: ConfigDict, fill: Fill | None = None):
     self.path = Path(path).absolute()
     self._lock = None
     try:
@@ -51,7 +59,7 @@ class Workdir:
     except OSError as error:
       raise _disk_error(self.path, error) from error
     try:
-      self._freeze(config)
+      self._freeze(config, fill)
     except BaseException:
       self.close()
       raise
@@ -68,10 +76,13 @@ class Workdir:
       self._lock.close()
       self._lock = None
 
-  def _freeze(self, config: ConfigDict) -> None:
+  def _freeze(self, config: ConfigDict, fill: Fill | None) -> None:
     path = self.path / "config.json"
     if path.exists() and self._begun():
-      refuse_changes(load_config(self.path, outside=config.outside), config, self.path)
+      frozen = load_config(self.path, outside=config.outside)
+      if fill is not None:
+        fill(frozen, str(path))
+      refuse_changes(frozen, config, self.path)
     elif jax.process_index() == 0:
       if not path.exists() and (self.path / "checkpoints").exists():
         raise UsageError(f"{self.path} has checkpoints but no config.json; put its config.json "

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlm_jax.core import stopping
 from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import find_tower
@@ -170,6 +171,7 @@ class Shots:
     config, rows = FrozenConfigDict(self._config), min(self._entry.batch, len(values))
     found = []
     for start in range(0, len(values), rows):
+      stopping.point()
       shown = np.zeros((rows, *values.shape[1:]), values.dtype)
       count = len(values[start : start + rows])
       shown[:count] = values[start : start + rows]
