@@ -1,4 +1,7 @@
-"""Rules of the whole suite: CPU only, `--full` for long tests, no skip that nobody agreed to."""
+"""Rules of the whole suite: CPU only, `--full` for long tests, no skip that nobody agreed to.
+
+And what all processes of a run share: prepared data.
+"""
 
 import fnmatch
 import os
@@ -42,6 +45,19 @@ def quick():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+  """The data of the quickstart, as the command prepares it; nobody may change a file of it."""
+  from vlm_jax.cli import main as cli
+
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # of all workers: one prepares, the others wait and compare checksums
+  path = folder / "prepared"
+  assert cli.main(["data", "prepare", f"--root={path}"]) == 0
+  return str(path)
 
 
 def pytest_addoption(parser):

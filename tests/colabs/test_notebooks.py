@@ -10,8 +10,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tests.data.conftest import ROOT, root  # noqa: F401 (the prepared data, a fixture)
-
+ROOT = Path(__file__).parents[2]
 COLABS = ROOT / "colabs"
 # What is shortened: parameters of the notebooks, `NAME = value  # @param`.
 SHORT = {
@@ -43,7 +42,7 @@ def test_the_notebook_is_made_of_its_source(name):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_runs(name, root, tmp_path):  # noqa: F811
+def test_runs(name, root, tmp_path):
   text = (COLABS / f"{name}.py").read_text()
   for parameter, value in SHORT[name].items():
     text, count = re.subn(rf"^{parameter} = .*?(?=  # @param)", f"{parameter} = {value}", text,
