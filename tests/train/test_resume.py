@@ -14,6 +14,7 @@ KILLS = [KINDS[1], KINDS[0], KINDS[1], KINDS[2], KINDS[1]]
 @pytest.fixture(scope="module")
 def command(root, cache):
   """(workdir, workers) to a command of the real loop on real data."""
+
   def make(workdir, workers):
     fields = {"data.root": root, "data.workers": workers, "train.compilation_cache": cache}
     return [sys.executable, "-m", "tests.train.real_run", str(workdir),
