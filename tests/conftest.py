@@ -1,16 +1,27 @@
-"""Rules of the whole suite: CPU only, `--full` for long tests, no skip that nobody agreed to."""
+"""Rules of the whole suite: CPU only, `--full` for long tests, no skip that nobody agreed to.
+
+And what all processes of a run share: prepared data, and a folder of compiled programs.
+"""
 
 import fnmatch
 import os
+import tempfile
 from pathlib import Path
 
 # Before any test imports JAX; an accelerator would change timings and numbers.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers and the processes that tests start inherit it; it is gone when the first process ends.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  COMPILED = tempfile.TemporaryDirectory(prefix="vlm_jax-", ignore_cleanup_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+  # What takes less is hardly slower to compile than to read.
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import torchvision_cpu
 
@@ -26,8 +37,14 @@ def programs():
 
   Past them XLA dies of a segmentation fault, after two thousand tests or so.
   """
+  options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in options}
   yield
   release(20_000)
+  if any(getattr(jax.config, name) != value for name, value in before.items()):  # `train` did
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def release(most: int) -> None:
@@ -42,6 +59,19 @@ def quick():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+  """The data of the quickstart, as the command prepares it; nobody may change a file of it."""
+  from vlm_jax.cli import main as cli
+
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # of all workers: one prepares, the others wait and compare checksums
+  path = folder / "prepared"
+  assert cli.main(["data", "prepare", f"--root={path}"]) == 0
+  return str(path)
 
 
 def pytest_addoption(parser):

@@ -20,14 +20,6 @@ def test_everything_imports():
     importlib.import_module(name)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-  """Prepared data, once."""
-  folder = tmp_path_factory.mktemp("data")
-  assert cli.main(["data", "prepare", f"--root={folder}"]) == 0
-  return folder
-
-
 @pytest.mark.parametrize("recipe", ["quickstart", "llava", "simvlm"])
 def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
   workdir = tmp_path / "run"

@@ -10,8 +10,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tests.data.conftest import ROOT, root  # noqa: F401 (the prepared data, a fixture)
-
+ROOT = Path(__file__).parents[2]
 COLABS = ROOT / "colabs"
 # What is shortened: parameters of the notebooks, `NAME = value  # @param`.
 SHORT = {
@@ -19,6 +18,7 @@ SHORT = {
   "02_your_data": {"STEPS": "3"},
   "03_real_weights": {"STEPS": "3"},
 }
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a few steps: compiling is all the time there is
 # A process of its own, in which transformers may import torchvision.
 RUN = """
 import runpy
@@ -43,7 +43,7 @@ def test_the_notebook_is_made_of_its_source(name):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_runs(name, root, tmp_path):  # noqa: F811
+def test_runs(name, root, tmp_path):
   text = (COLABS / f"{name}.py").read_text()
   for parameter, value in SHORT[name].items():
     text, count = re.subn(rf"^{parameter} = .*?(?=  # @param)", f"{parameter} = {value}", text,
@@ -52,9 +52,7 @@ def test_runs(name, root, tmp_path):  # noqa: F811
   (tmp_path / "notebook.py").write_text(text)
   if name == "01_quickstart":
     (tmp_path / "data").symlink_to(root)
-  environment = os.environ | {"PYTHONPATH": str(ROOT)}
-  if name == "03_real_weights":  # a tiny model: compiling is all the time there is
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+  environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICK
   done = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, text=True, check=False,
                         capture_output=True, env=environment)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""One prepared data folder for all tests, and a small config that packs it."""
+"""A small config that packs the prepared data."""
 
 import sys
 from pathlib import Path
@@ -9,15 +9,6 @@ from vlm_jax.configs import base
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # workers import `tests.data.broken_source` by name
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-  from vlm_jax.data import prepare
-
-  path = tmp_path_factory.mktemp("data") / "root"
-  prepare.prepare(str(path), log=lambda line: None)
-  return str(path)
 
 
 @pytest.fixture

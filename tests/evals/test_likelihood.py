@@ -1,13 +1,10 @@
 """Documents are scored in rows about as long as they are, by few programs."""
 
 import numpy as np
-import pytest
 
 from tests.generate.helpers import fan_out, noise, question, tiny
 from vlm_jax.evals import likelihood
 from vlm_jax.generate.prompts import layouts
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 LENGTHS = (3, 9, 20, 24, 40, 41, 110, 130)  # of texts, behind an image of 4 slots
 WIDTHS = {32, 64, 128, 256}

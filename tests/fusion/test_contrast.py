@@ -33,9 +33,10 @@ from vlm_jax.train import state as states
 from vlm_jax.train.optimizer import make_optimizer
 from vlm_jax.train.step import Numbers, make_step, place
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TOLERANCE = 2e-6
 LOUD = 100
-FAST = {"xla_backend_optimization_level": 0}  # compiling is all the time there is
 names = pytest.mark.parametrize("name", c.NAMES)
 
 
@@ -50,7 +51,7 @@ def compiled(name: str):
     output = module.Model(config).apply({"params": params}, packed)
     return c.total(output, packed, config), embeddings_of(output)
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def first_step(config, module, parts: int) -> tuple[dict, Numbers]:
   state = states.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
   shapes = states.abstract_batch(module, config, mesh)
   step = make_step(config, module, optimizer, mesh, abstract).lower(abstract, shapes)
-  state, numbers = step.compile(FAST)(state, place(c.batch(config, 0), mesh))
+  state, numbers = step.compile()(state, place(c.batch(config, 0), mesh))
   moments = flatten(jax.device_get(state.opt_state[1].mu))
   # Only rounding makes the gradient of a bias of keys.
   return {path: leaf for path, leaf in moments.items() if not path.endswith(t.SILENT)}, numbers
@@ -200,12 +201,12 @@ def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
     return losses.sum(), losses.sum()
 
   whole = lambda params, data: loss(embed(params, data))[0] + added(params, data)
-  grad = jax.jit(jax.grad(whole), compiler_options=FAST)
+  grad = jax.jit(jax.grad(whole))
   expected = grad(params, data)
   cut = lambda x: x.reshape(3, 4, *x.shape[1:])
   join = lambda x: x.reshape(12, *x.shape[2:])
   run = lambda params, micros: accumulate.cached(forward, loss, params, micros, 3, join, cut)
-  (value, more), got = jax.jit(run, compiler_options=FAST)(params, jax.tree.map(cut, data))
+  (value, more), got = jax.jit(run)(params, jax.tree.map(cut, data))
   assert value == pytest.approx(float(loss(embed(params, data))[0]), rel=1e-6)
   assert more == pytest.approx(float(added(params, data)), rel=1e-6)
   assert t.error(got, expected) < 1e-5

@@ -96,13 +96,11 @@ def accuracy(config, params, flat) -> float:
   return float((said == stream.targets)[asked].mean())
 
 
-def train(config, fan_out: bool, shows: Shows) -> dict:
-  """Parameters after STEPS steps on fresh grids."""
+def trainer(config, fan_out: bool):
+  """A function from what pictures show to the parameters after STEPS steps on fresh grids; the
+  model and its control are one program, compiled once."""
   module = find_fusion(config)
   model = module.Model(config)
-  rng = np.random.default_rng(0)
-  first = from_flat(flat_batch(config, rng, fan_out, shows))
-  params = meta.unbox(jax.jit(model.init)(jax.random.key(0), first)["params"])
   optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 4e-3, 20, STEPS))
 
   @jax.jit
@@ -116,10 +114,18 @@ def train(config, fan_out: bool, shows: Shows) -> dict:
     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
 
-  state = optimizer.init(params)
-  for _ in range(STEPS):
-    params, state = step(params, state, flat_batch(config, rng, fan_out, shows))
-  return params
+  init = jax.jit(lambda flat: model.init(jax.random.key(0), from_flat(flat))["params"],
+                 compiler_options={"xla_backend_optimization_level": 0})
+
+  def train(shows: Shows) -> dict:
+    rng = np.random.default_rng(0)
+    params = meta.unbox(init(flat_batch(config, rng, fan_out, shows)))
+    state = optimizer.init(params)
+    for _ in range(STEPS):
+      params, state = step(params, state, flat_batch(config, rng, fan_out, shows))
+    return params
+
+  return train
 
 
 @pytest.mark.parametrize("name, fan_out, shows, control", [
@@ -131,9 +137,10 @@ def train(config, fan_out: bool, shows: Shows) -> dict:
 ])
 def test_learns_to_look(name, fan_out, shows, control):
   config = grid_config(name, fan_out)
-  params = train(config, fan_out, shows)
+  train = trainer(config, fan_out)
+  params = train(shows)
   rng = np.random.default_rng(1)
   assert accuracy(config, params, flat_batch(config, rng, fan_out, shows)) > 0.95
   assert accuracy(config, params, flat_batch(config, rng, fan_out, control)) < 0.5
-  trained = train(config, fan_out, control)
+  trained = train(control)
   assert accuracy(config, trained, flat_batch(config, rng, fan_out, shows)) < 0.5

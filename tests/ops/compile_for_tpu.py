@@ -18,6 +18,7 @@ from pathlib import Path
 
 # Before JAX is imported: look for no TPU, and say what the compiler made of each kernel.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is not compiled here says nothing
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compiling keeps no chip from other processes
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

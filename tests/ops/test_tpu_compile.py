@@ -21,15 +21,18 @@ KERNELS = {"forward", "dq", "dkv"}
 GENERATIONS = ("v5e", "v5p", "v6e")
 CORE = {"v5e": 2**27, "v5p": 2**26, "v6e": 2**27}  # VMEM, as jax's pltpu.get_tpu_info has it
 HEADS = ((8, 8), (32, 8), (16, 1))
-# Of each generation both lengths, all widths, all ratios of heads, and once every option.
 EVERYTHING = dict(classes=True, k_index=True, k_bias=True, soft_cap=30.0)
+# Every option of each generation; of all together both lengths, all widths, all ratios of heads.
 FEW = {
-  "v5e": ((8192, 64, (8, 8), EVERYTHING), (8192, 128, (32, 8), {}), (32768, 256, (16, 1), {}),
-          (32768, 128, (8, 8), dict(classes=True))),
-  "v5p": ((8192, 128, (16, 1), EVERYTHING), (8192, 256, (8, 8), {}), (8192, 128, (32, 8), {}),
-          (32768, 64, (32, 8), dict(batch=4))),
-  "v6e": ((8192, 256, (32, 8), EVERYTHING), (8192, 64, (16, 1), {}), (32768, 256, (16, 1), {}),
-          (32768, 128, (8, 8), dict(batch=2))),
+  "v5e": ((8192, 64, (8, 8), EVERYTHING), (32768, 256, (16, 1), {})),
+  "v5p": ((8192, 128, (16, 1), EVERYTHING), (32768, 64, (32, 8), dict(batch=4))),
+  "v6e": ((8192, 256, (32, 8), EVERYTHING),),
+}
+# Of each generation both lengths, all widths and all ratios of heads.
+MORE = {
+  "v5e": ((8192, 128, (32, 8), {}), (32768, 128, (8, 8), dict(classes=True))),
+  "v5p": ((8192, 256, (8, 8), {}), (8192, 128, (32, 8), {})),
+  "v6e": ((8192, 64, (16, 1), {}), (32768, 256, (16, 1), {}), (32768, 128, (8, 8), dict(batch=2))),
 }
 
 
@@ -72,10 +75,12 @@ def check(report: dict) -> None:
     assert report["smem"][kernel] - listed < 2**14, "beside the list there is little"
 
 
+@pytest.mark.parametrize("shapes", [FEW, pytest.param(MORE, marks=pytest.mark.long)],
+                         ids=["few", "more"])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_compiles_forward_and_backward(tmp_path, generation):
+def test_compiles_forward_and_backward(tmp_path, generation, shapes):
   cases = [case(generation, length, width, heads, **options)
-           for length, width, heads, options in FEW[generation]]
+           for length, width, heads, options in shapes[generation]]
   reports = compile_for_tpu(tmp_path, cases)
   assert len(reports) == len(cases)
   for report in reports:
@@ -115,7 +120,7 @@ def test_each_device_of_a_mesh_has_its_own_rows_and_heads(tmp_path):
     compile_for_tpu(tmp_path, [shape | dict(told=False)])
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+@pytest.mark.parametrize("generation", ["v5e", pytest.param("v6e", marks=pytest.mark.long)])
 def test_full_blocks_do_not_pay_for_the_mask(tmp_path, generation):
   """Instruction bundles (cycles) of a full block, in the kernel and in one without partial blocks.
 

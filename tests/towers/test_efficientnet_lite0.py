@@ -19,8 +19,9 @@ from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten
 from vlm_jax.towers import efficientnet_lite0
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TOLERANCE, LOUD = 2e-4, 100  # measured: features 1e-6, gradients 2e-6 at most
-FAST = {"xla_backend_optimization_level": 0}
 SIDE = 40  # 20, 10, 5, 3, 2: strides meet odd and even sides
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 THEIRS = {"tensorflow": "tf_efficientnet_lite0", "torch": "efficientnet_lite0"}
@@ -103,8 +104,7 @@ def error(got, expected) -> float:
 @functools.cache
 def forward(config):
   model = efficientnet_lite0.Model(config.tower, config.attention, Precision())
-  return jax.jit(lambda params, values: model.apply({"params": params}, values),
-                 compiler_options=FAST)
+  return jax.jit(lambda params, values: model.apply({"params": params}, values))
 
 
 @pytest.mark.parametrize("padding", THEIRS)
@@ -121,7 +121,7 @@ def test_network_is_timms(padding):
     out = model.apply({"params": params}, values)
     return (jnp.sum(out.patches * cotangents[0]) + jnp.sum(out.pooled * cotangents[1])), out
 
-  grad = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=FAST)
+  grad = jax.jit(jax.value_and_grad(total, has_aux=True))
   (_, got), grads = grad(params)
   theirs = reference(padding)
   pixels = (values[0].astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)

@@ -6,17 +6,14 @@ import time
 import pytest
 
 from benchmarks.kill_resume import KINDS, Process, differences, left_behind, run_killed
-from vlm_jax.data import prepare
 from vlm_jax.train import trackers
 
 KILLS = [KINDS[1], KINDS[0], KINDS[1], KINDS[2], KINDS[1]]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, cache):
+def command(root, cache):
   """(workdir, workers) to a command of the real loop on real data."""
-  root = tmp_path_factory.mktemp("data")
-  prepare.prepare(str(root), log=lambda line: None)
 
   def make(workdir, workers):
     fields = {"data.root": root, "data.workers": workers, "train.compilation_cache": cache}

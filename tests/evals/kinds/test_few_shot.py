@@ -14,8 +14,6 @@ from vlm_jax.evals import asking
 from vlm_jax.evals.kinds import few_shot, find_kind, measure
 from vlm_jax.evals.reading import Split
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def asked(setup):

@@ -14,7 +14,6 @@ from vlm_jax.evals import embed, pairs, run
 from vlm_jax.evals.kinds import retrieval
 from vlm_jax.evals.metrics.retrieval import nearest, reranked
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE, LOUD = 2e-6, 100
 BEST, PICTURES = 2, 5
 OWNERS = np.array([0, 1, 1, 2, 3, 3, 4])  # of the captions
