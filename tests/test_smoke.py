@@ -20,7 +20,12 @@ def test_everything_imports():
     importlib.import_module(name)
 
 
-@pytest.mark.parametrize("recipe", ["quickstart", "llava", "simvlm"])
+# Lasts until the end of the file; so SimVLM, which trains long enough to learn, comes before.
+quick = pytest.mark.usefixtures("quick")
+
+
+@pytest.mark.parametrize("recipe", ["simvlm", pytest.param("quickstart", marks=quick),
+                                    pytest.param("llava", marks=quick)])
 def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
   workdir = tmp_path / "run"
   train = ["train", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}",
@@ -45,6 +50,7 @@ def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys):
   assert isinstance(answer["text"], str)
 
 
+@quick
 def test_contrastive(root, tmp_path, capsys):
   """Pairs of pictures and texts: trained in two micro-batches, evaluated; nothing can be said."""
   workdir = tmp_path / "run"
