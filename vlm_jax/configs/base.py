@@ -8,6 +8,7 @@ from vlm_jax.core.errors import UsageError, nearest
 
 MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
+SINCE = ("connector.frames",)  # fields of a model added since; before, all did what they default to
 # Models of before there was `bridge` had none of these; their defaults are what such models did.
 WITH_BRIDGE = re.compile(
   "bridge|connector.(width|latents|depth|heads|norm_eps|kv_heads|head_dim|norm|feed_forward|qk_norm"
@@ -130,7 +131,8 @@ def get_config(arg: str = "") -> ConfigDict:
       rows=16,  # packed rows of one step, over all hosts
       tokens=512,  # slots of a row's text axis
       decoder_tokens=0,  # encoder-decoders: slots of the decoder's axis, 0: one more than tokens
-      images=4,  # image slots of a row
+      images=4,  # image slots of a row; tiles and frames take one each
+      frames=0,  # flamingo: the most frames of a video, 0: there are no videos
       window=0,  # longest piece of a text-only document in tokens, 0: a whole row
       shards=1,  # logical data shards, divisible by every number of hosts you will use
       workers=0,  # processes that read, decode and lay out, per shard and source
@@ -212,7 +214,8 @@ def _connector() -> ConfigDict:
       depth=6,
       heads=8,
       norm_eps=1e-5,
-      kv_heads=0,  # perceiver: key/value groups, 0: as many as heads; with the fields below
+      frames=0,  # perceiver: learned embeddings of a frame's time, 0: none; with the fields below
+      kv_heads=0,  # key/value groups, 0: as many as heads
       head_dim=64,
       norm="layer",  # "layer" or "rms" (Idefics2)
       feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
@@ -393,7 +396,7 @@ def fill(config: ConfigDict, path: str) -> list[str]:
         if isinstance(default, ConfigDict):
           visit(node[name], default, field)
         continue
-      known = name in COMPUTED or before and WITH_BRIDGE.fullmatch(field)
+      known = name in COMPUTED or field in SINCE or before and WITH_BRIDGE.fullmatch(field)
       if field.split(".")[0] in MODEL and not known:
         raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
                          f"there as it was in the version that trained it (now: {default!r})")

@@ -28,7 +28,7 @@ from vlm_jax.train.step import Numbers
 # How paths of tables end whose rows are read or added, which is as good as free, as numbers are; a
 # tied embedding is the head's matrix.
 READ = ("embed/embedding", "head/kernel", "positions", "table", "latents", "queries", "probe",
-        "_token", "registers", "newline")
+        "time", "_token", "registers", "newline")
 
 
 class Writer:
