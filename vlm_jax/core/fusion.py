@@ -199,7 +199,8 @@ class Connector(Protocol):
   behind the last. `config` below is `config.connector`. Optional:
 
     uses(config, path, features)  to how many places of one image a parameter is applied, of
-                                  `features` there are; left out: to every slot
+                                  `features` there are (of a video 0: to those that it has once,
+                                  whatever its frames); left out: to every slot
   """
 
   Model: type

@@ -108,7 +108,8 @@ def vocabulary(config: ConfigDict) -> int:
 def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
   """Keys and values of the gated layers are made of the rows of the table, not of the text."""
   made = path.startswith(("bridge/attention/key", "bridge/attention/value"))
-  return {"images/images": len(rows(config))} if made else None
+  items = "items/images" if config.data.frames else "images/images"
+  return {items: len(rows(config))} if made else None
 
 
 def attention_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int]]:
