@@ -14,7 +14,7 @@ import vlm_jax
 from tests.data.broken_source import png
 from tests.evals.conftest import SOURCE, setup  # noqa: F401 (prepared data and a tiny model)
 from vlm_jax.configs import base
-from vlm_jax.core.document import Document, Image, Text
+from vlm_jax.core.document import Document, Image, Text, Video
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten
 from vlm_jax.data import images, pipeline
@@ -202,6 +202,9 @@ def test_pixels_of_whatever_a_picture_is_given_as(bundle, kind, tmp_path):
   assert opened.size == (36, 20), "the caller's picture was turned"
   flat = np.asarray(opened.convert("RGB"))  # as it lies in the file, colours under transparency
   assert (kind == "palette") == np.array_equal(bundle.processor(flat).values, want)
+  video = bundle.processor(Video((Image(str(tmp_path / "x")), Image(data), Image(flat))))
+  for frame, same in zip(video.squares, (want, want, bundle.processor(flat).values), strict=True):
+    np.testing.assert_array_equal(frame, same)
 
 
 def test_a_recipe_is_what_training_begins_with(recipe, run):
