@@ -19,7 +19,7 @@ from tests.fusion import contrast
 from tests.fusion import testing as t
 from vlm_jax.configs import base
 from vlm_jax.core.batch import from_flat
-from vlm_jax.core.document import Document, Image, Text
+from vlm_jax.core.document import Document, Image, Text, Video
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import speaking
 from vlm_jax.core.tree import flatten
@@ -209,6 +209,9 @@ def test_pixels_of_whatever_a_picture_is_given_as(bundle, kind, tmp_path):
   assert opened.size == (36, 20), "the caller's picture was turned"
   flat = np.asarray(opened.convert("RGB"))  # as it lies in the file, colours under transparency
   assert (kind == "palette") == np.array_equal(bundle.processor(flat).values, want)
+  video = bundle.processor(Video((Image(str(tmp_path / "x")), Image(data), Image(flat))))
+  for frame, same in zip(video.squares, (want, want, bundle.processor(flat).values), strict=True):
+    np.testing.assert_array_equal(frame, same)
 
 
 def test_a_recipe_is_what_training_begins_with(recipe, run):

@@ -80,6 +80,14 @@ def test_what_models_of_before_the_bridge_could_not_have_is_filled(run, capsys):
     runs.frozen(run)
 
 
+def test_what_no_model_had_before_it_could_be_said_is_filled(run, capsys):
+  whole = runs.frozen(run)
+  older(run, "connector.frames")
+  found = runs.frozen(run)
+  assert found.to_dict() == whole.to_dict() | {"outside": found.outside}
+  assert "connector.frames=0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("field", ["connector.latents", "fusion.new_tokens"])
 def test_with_a_bridge_they_are_not_guessed_either(run, field):
   older(run, field)

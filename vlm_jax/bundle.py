@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from vlm_jax import recipes, runs
 from vlm_jax.configs import base
 from vlm_jax.convert import systems, table
-from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
+from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text, Video, Visual
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import Embeddings, Fusion, embeds, find_fusion, speaking
 from vlm_jax.core.layout import Layout
@@ -45,8 +45,8 @@ from vlm_jax.generate.sampling import GREEDY, Sampling
 from vlm_jax.train import checkpoint_tools, initial
 from vlm_jax.train import state as states
 
-# A file, the bytes of one, pixels u8[H,W,3], or what Pillow opened.
-Picture: TypeAlias = str | Path | bytes | np.ndarray | PIL.Image.Image | Image
+# A file, the bytes of one, pixels u8[H,W,3], or what Pillow opened; or a video of such frames.
+Picture: TypeAlias = str | Path | bytes | np.ndarray | PIL.Image.Image | Visual
 CONTEXT = 2048  # of a published checkpoint that does not tell its own
 
 
@@ -96,7 +96,7 @@ class Bundle:
     """Of the config; raises as `pipeline.load_tokenizer`."""
     return pipeline.load_tokenizer(self.config)
 
-  def image(self, picture: Picture) -> Image:
+  def image(self, picture: Picture) -> Visual:
     """A picture as part of a document: read and, so that it is known to be one, decoded.
 
     Raises:
@@ -378,8 +378,10 @@ def _of_published(path: Path, root: str | None, dtype: str) -> Bundle:
   return Bundle(config.lock(), jax.device_put(params, device))
 
 
-def _image(picture: Picture, config: ConfigDict) -> Image:
+def _image(picture: Picture, config: ConfigDict) -> Visual:
   """A picture as `data.images` takes it; raises BadExample."""
+  if isinstance(picture, Video):
+    return Video(tuple(_image(frame, config) for frame in picture.frames))
   if isinstance(picture, Image):
     picture = picture.data
   if isinstance(picture, PIL.Image.Image):

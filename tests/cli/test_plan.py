@@ -58,6 +58,18 @@ def test_both_sides_of_an_encoder_decoder(tmp_path):
   assert (cross["length"], cross["keys"]) == (config.data.decoder_tokens, config.data.tokens)
 
 
+def test_videos_are_told(tmp_path):
+  config = recipes.load("configs/flamingo.py:debug")
+  config.data.root = str(tmp_path)
+  config.data.frames = config.connector.frames = 5
+  made = plan.make(config)
+  assert made["batch"]["media/images/time"] == ["int32", [config.data.rows, config.data.images]]
+  assert made["modules"]["connector/time"]["parameters"] == 5 * config.connector.width
+  assert "an image or a video of up to 5 frames takes 4 slots" in plan.render(made)
+  config.fusion.name = "concat"  # which has no videos, whatever is asked for
+  assert not plan.make(config)["frames"]
+
+
 @pytest.mark.parametrize("name, millions", [("base", 252), ("large", 768), ("huge", 1556)])
 def test_the_published_sizes_are_whole_models(name, millions):
   config = recipes.load(f"configs/simvlm.py:{name}")

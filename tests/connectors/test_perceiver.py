@@ -2,11 +2,13 @@
 
 transformers' IdeficsPerceiverResampler and Idefics2PerceiverResampler run as they are. That of
 open_flamingo is the first with another activation, its tensors under other names, keys and values
-in one of them.
+in one of them; of videos it adds an embedding to every frame and reads all their patches in a row.
 """
 
+import dataclasses
 import functools
 import os
+import re
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -91,7 +93,29 @@ def run_ours(fields: dict):
   config.update(name="perceiver", latents=LATENTS, depth=DEPTH, heads=HEADS, head_dim=C)
   config.update(fields)
   model = perceiver.Model(FrozenConfigDict(config), WIDTH, Precision())
-  return model, jax.jit(lambda params, x: model.apply({"params": params}, x, (1, FEATURES)))
+  return model, jax.jit(
+    lambda params, x, *time: model.apply({"params": params}, x, (1, FEATURES), *time))
+
+
+def disturb(module: torch.nn.Module) -> None:
+  """Overwrites every parameter with noise, around 1 where norms multiply."""
+  for name, weight in module.named_parameters():
+    weight.normal_(0, 0.3)
+    if "norm" in name and name.endswith("weight"):
+      weight.add_(1)
+
+
+def read(tensors: dict, model: perceiver.Model, keys: tuple) -> tuple[dict, list]:
+  """Our parameters and the rows of the table, by which their tensors are written again."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 1, FEATURES, WIDTH)), (1, 7))
+  rows = table.entries([("", "", keys)], {
+    path: leaf.shape for path, leaf in flatten(meta.unbox(shapes)["params"]).items()})
+  source = type("Tensors", (dict,), {"shapes": {k: v.shape for k, v in tensors.items()}})(tensors)
+  params = table.load(source, rows)
+  back = {key: tensor.get() for key, tensor in table.export(params, rows).items()}
+  assert back.keys() == tensors.keys()
+  assert all(np.array_equal(back[key], tensors[key]) for key in back)
+  return params, rows
 
 
 def to_the_tail(module: torch.nn.Module) -> None:
@@ -114,10 +138,7 @@ def case(kind: str):
   torch.manual_seed(0)
   module = make().eval()
   with torch.no_grad():
-    for name, weight in module.named_parameters():
-      weight.normal_(0, 0.3)
-      if "norm" in name and name.endswith("weight"):
-        weight.add_(1)
+    disturb(module)
     if kind.endswith("tail"):
       to_the_tail(module)
   x = np.random.default_rng(0).normal(size=(2, FEATURES, WIDTH)).astype(np.float32)
@@ -129,15 +150,7 @@ def case(kind: str):
   host = lambda tensors: their_names(kind, {key: value.numpy() for key, value in tensors.items()})
   grads = host({key: value.grad for key, value in module.named_parameters()})
   model, run = run_ours(fields)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 1, FEATURES, WIDTH)), (1, 7))
-  rows = table.entries([("", "", keys)], {
-    path: leaf.shape for path, leaf in flatten(meta.unbox(shapes)["params"]).items()})
-  tensors = host(module.state_dict())
-  source = type("Tensors", (dict,), {"shapes": {k: v.shape for k, v in tensors.items()}})(tensors)
-  params = table.load(source, rows)
-  back = {key: tensor.get() for key, tensor in table.export(params, rows).items()}
-  assert back.keys() == tensors.keys()
-  assert all(np.array_equal(back[key], tensors[key]) for key in back)
+  params, rows = read(host(module.state_dict()), model, keys)
   return x[:, None], out.detach().numpy(), inputs.grad.numpy(), grads, params, rows, weights, run
 
 
@@ -206,3 +219,112 @@ def test_other_widths_are_projected_and_counts_do_not_matter():
 def test_heads_that_cannot_be_shared_are_refused():
   with pytest.raises(UsageError, match="connector.heads is 4, which must be a multiple of"):
     run_ours(dict(kv_heads=3))[0].init(jax.random.key(0), jnp.ones((1, 1, 4, WIDTH)), (2, 2))
+
+
+# Videos: the frames of an item are read together.
+
+EMBEDDINGS, SHOWN = 4, (3, 1, 2)  # of theirs; frames of the videos that share a row of ours
+TIME = np.array([[0, 1, 2, 0, 0, 1, -1, -1]], np.int32)  # and two empty places
+
+
+@functools.cache
+def videos():
+  """A row's features, theirs' outputs and gradients, our parameters, table and weights."""
+  torch.manual_seed(1)
+  module = idefics(False, torch.nn.GELU()).eval()
+  module.frame_embs = torch.nn.Parameter(torch.zeros(EMBEDDINGS, WIDTH))
+  with torch.no_grad():
+    disturb(module)
+  x = np.random.default_rng(1).normal(size=(1, 8, FEATURES, WIDTH)).astype(np.float32)
+  inputs = torch.tensor(x[0, : sum(SHOWN)], requires_grad=True)
+  timed = lambda one: (one + module.frame_embs[: len(one), None]).flatten(0, 1)[None]
+  out = torch.cat([module(timed(one)) for one in inputs.split(SHOWN)])
+  weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+  (out * weights).sum().backward()
+  host = lambda tensors: their_names(
+    "open_flamingo", {key: value.numpy() for key, value in tensors.items()})
+  grads = host({key: value.grad for key, value in module.named_parameters()})
+  model, _ = run_ours(dict(activation="gelu", frames=EMBEDDINGS))
+  params, rows = read(host(module.state_dict()), model, perceiver.OPEN_FLAMINGO_KEYS)
+  assert params["time"].shape == (EMBEDDINGS, WIDTH)
+  return x, out.detach().numpy(), inputs.grad.numpy(), grads, params, rows, weights.numpy()
+
+
+def read_row(params, x, time=TIME, **fields) -> np.ndarray:
+  """f32[items,K,D] of the items of a row."""
+  fields = dict(activation="gelu", frames=EMBEDDINGS) | fields
+  return np.asarray(run_ours(fields)[1](params, x, time))[0, : (time == 0).sum()]
+
+
+def test_videos_of_a_row_are_each_read_as_theirs():
+  x, out, input_grad, grads, params, rows, weights = videos()
+  run = run_ours(dict(activation="gelu", frames=EMBEDDINGS))[1]
+  worst = error(read_row(params, x), out)
+  loss = lambda params, x: jnp.sum(run(params, x, TIME)[0, : len(SHOWN)] * weights)
+  ours, features = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+  errors = {key: error(tensor.get(), grads[key])
+            for key, tensor in table.export(ours, rows).items()}
+  assert errors.keys() == grads.keys() and np.abs(grads["frame_embs"][:3]).min(-1).max() > 0
+  errors["features"] = error(features[0, : sum(SHOWN)], input_grad)
+  print(f"videos: outputs {worst:.1e}, gradients {max(errors.values()):.1e}")
+  assert worst < OUTPUTS and max(errors.values()) < TOLERANCE, max(errors, key=errors.get)
+  # No gradient for empty places, nor for the embedding of a frame that no video has.
+  assert not np.any(features[0, sum(SHOWN) :]) and not np.any(ours["time"][3])
+
+
+def test_twins_of_videos(monkeypatch):
+  x, out, *_, params, _, _ = videos()
+  still = params | {"time": np.zeros_like(params["time"])}
+  assert error(read_row(still, x), out) > 100 * TOLERANCE  # the embedding ignored
+  late = np.where(TIME > 0, TIME + 1, TIME)  # another embedding
+  assert error(read_row(params, x, late), out) > 100 * TOLERANCE
+  masked = perceiver.mask_of_items
+
+  def all_frames(time, patches, latents):
+    mask = masked(time, patches, latents)
+    return dataclasses.replace(mask, lo=mask.lo * 0, hi=mask.hi * 0 + 8 * (patches + latents))
+
+  monkeypatch.setattr(perceiver, "mask_of_items", all_frames)  # the item ignored
+  assert error(read_row(params, x), out) > 100 * TOLERANCE
+
+
+def test_the_order_of_frames_matters_by_their_time_alone():
+  x, out, *_, params, _, _ = videos()
+  turned = x.copy()
+  turned[0, :3] = x[0, 2::-1]
+  got = read_row(params, turned)
+  assert error(got[0], out[0]) > 100 * TOLERANCE and error(got[1:], out[1:]) < OUTPUTS
+  bare = {name: leaf for name, leaf in params.items() if name != "time"}
+  same = read_row(bare, x, frames=0)
+  assert error(read_row(bare, turned, frames=0), same) < OUTPUTS  # its control
+
+
+def test_an_image_is_a_video_of_one_frame():
+  x, *_, params, _, _ = videos()
+  one = params | {"time": params["time"][:1]}
+  bare = {name: leaf for name, leaf in params.items() if name != "time"}
+  run = lambda fields, *args: np.asarray(run_ours(dict(activation="gelu") | fields)[1](*args))
+  images = run({}, bare, x + params["time"][0])
+  np.testing.assert_array_equal(run(dict(frames=1), one, x), images)
+  assert error(run(dict(frames=1), one, x, 0 * TIME), images) < OUTPUTS
+  assert error(run({}, bare, x), images) > 100 * TOLERANCE
+
+
+def test_the_mask_of_items():
+  """The picture of the docstring: one patch a frame and one latent an item."""
+  time = jnp.array([[0, 1, 2, 0]])
+  lines = [re.findall(r"[1.]", line) for line in perceiver.__doc__.splitlines()
+           if re.fullmatch(r" +[xy]( [1.])+", line)]
+  mask = np.asarray(perceiver.mask_of_items(time, 1, 1).dense())[0]
+  np.testing.assert_array_equal(mask[:2, :6], np.array(lines) == "1")
+  assert not mask[2:].any() and not mask[:, 6:].any()
+  # Of every item of a row with empty places: the patches of its frames, and its latents.
+  mask = np.asarray(perceiver.mask_of_items(jnp.asarray(TIME), 2, 3).dense())[0]
+  assert mask.shape == (8 * 3, 8 * 2 + 8 * 3)
+  starts = np.cumsum([0, *SHOWN])
+  for item in range(8):
+    expected = np.zeros(mask.shape[1], bool)
+    if item < len(SHOWN):
+      expected[2 * starts[item] : 2 * starts[item + 1]] = True
+      expected[16 + 3 * item : 16 + 3 * item + 3] = True
+    assert (mask[3 * item : 3 * item + 3] == expected).all()

@@ -74,24 +74,15 @@ def test_every_strategy_is_tested():
 # 1. Packed logits are those of each document alone.
 
 
-def alone_error(config, params, documents, where, out, change=lambda flat: flat) -> float:
-  worst = 0.0
-  for layout in t.lay_out(documents, config):
-    single = t.logits(config, params, change(t.alone(layout, config)))
-    row, slots = where[layout.key]
-    worst = max(worst, t.error(out[row, slots], single[0, : slots.stop - slots.start]))
-  return worst
-
-
 @variants
 def test_packed_is_alone(variant, made):
   config, params, documents, flat, where, out = made(variant)
   assert {row for row, _ in where.values()} == {0, 1}
-  assert alone_error(config, params, documents, where, out) < TOLERANCE
+  assert t.alone_error(config, params, documents, where, out) < TOLERANCE
   # Twin: one slot too many to the left, so every document also sees the end of the one before it.
   for path in (f"masks/{name}/lo" for name in t.heard_masks(config)):
     leaked = t.logits(config, params, dict(flat, **{path: np.maximum(flat[path] - 1, 0)}))
-    assert alone_error(config, params, documents, where, leaked) > LOUD * TOLERANCE, path
+    assert t.alone_error(config, params, documents, where, leaked) > LOUD * TOLERANCE, path
 
 
 # 2. Perturbing one document leaves the others as they are, to the bit.
@@ -291,7 +282,7 @@ def test_rows_of_one_kind(variant, made):
     layouts = t.lay_out(content, config)
     flat, where = t.pack(layouts, config)
     out = t.logits(config, params, flat)
-    assert alone_error(config, params, content, where, out) < TOLERANCE
+    assert t.alone_error(config, params, content, where, out) < TOLERANCE
 
 
 @ones

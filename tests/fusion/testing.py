@@ -224,6 +224,17 @@ def logits(config: ConfigDict, params: dict, flat: dict) -> np.ndarray:
   return out
 
 
+def alone_error(config: ConfigDict, params: dict, documents: list[Encoded], where: dict,
+                out: np.ndarray) -> float:
+  """How far packed logits are from those of every document alone."""
+  worst = 0.0
+  for layout in lay_out(documents, config):
+    single = logits(config, params, alone(layout, config))
+    row, slots = where[layout.key]
+    worst = max(worst, error(out[row, slots], single[0, : slots.stop - slots.start]))
+  return worst
+
+
 @functools.cache
 def forward_cached(model: type, config: FrozenConfigDict) -> Callable:
   """A jitted (params, batch, cache) -> Output."""

@@ -123,6 +123,14 @@ def test_work_of_a_resampler_and_a_bridge():
   # Twice the language model's attention to text, once the bridge's to the table.
   assert work.attention({"text": 10.0, "media": 7.0}) == 12 * (10 * 2 * 32 + 7 * 1 * 15)
   assert plan.kernels(config)["media"]["heads"] == 3
+  # With videos a frame has features, an item latents and rows; there are as many places of each.
+  config.data.frames = config.connector.frames = 2
+  other, flops = work_of(config)
+  assert other.slots == work.slots | {"items/images": work.slots["images/images"]}
+  assert other.dense() == pytest.approx(work.dense())
+  of_features = 4 * (vit(1) + 2 * 24 * 12 + 2 * 24)
+  assert flops("images/images") == pytest.approx(6 * of_features)
+  assert flops("items/images") == pytest.approx(6 * (2 * 24 * 12 * 3 + latents + table))
 
 
 def q_former(features, queries, words):

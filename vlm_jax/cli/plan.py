@@ -47,10 +47,12 @@ def make(config: ConfigDict) -> dict[str, Any]:
   Returns:
     "modules" {name: {"parameters", "trainable", "bytes"}} with bytes of parameters and optimiser,
     "batch" {path: [dtype, shape]}, "image_slots" (slots of one square of the image axis), "tiled"
-    (whether an image may be several squares), "data" (see `measure`) or the reason why there is
-    none, "flops" of one step, "attention" (see `kernels`).
+    (whether an image may be several squares), "frames" (the most of a video, 0: there are none),
+    "data" (see `measure`) or the reason why there is none, "flops" of one step, "attention" (see
+    `kernels`).
   """
   from vlm_jax.core.fusion import find_fusion
+  from vlm_jax.core.layout import TIME
   from vlm_jax.core.mesh import make_mesh
   from vlm_jax.core.tree import flatten
   from vlm_jax.train import state as states
@@ -69,6 +71,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     "batch": {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in batch.items()},
     "image_slots": len(module.rows(config)),
     "tiled": bool(config.data.decode.grids),
+    "frames": config.data.frames if TIME in batch else 0,
     "data": data,
     "flops": flops(Work(config, leaves, batch), data),
     "attention": kernels(config),
@@ -193,6 +196,7 @@ def render(plan: dict[str, Any]) -> str:
   lines += [f"  {path:<36}{dtype}[{', '.join(map(str, shape))}]"
             for path, (dtype, shape) in plan["batch"].items()]
   what = "the whole of an image, and each of its tiles," if plan["tiled"] else "an image"
+  what += f" or a video of up to {plan['frames']} frames" if plan["frames"] else ""
   lines += ["", f"{what} takes {plan['image_slots']} slots"]
   data = plan["data"]
   if isinstance(data, dict):

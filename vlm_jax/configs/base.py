@@ -152,7 +152,8 @@ def _connector() -> ConfigDict:
       depth=6,
       heads=8,
       norm_eps=1e-5,
-      kv_heads=0,  # perceiver: key/value groups, 0: as many as heads; with the fields below
+      frames=0,  # perceiver: learned embeddings of a frame's time, 0: none; with the fields below
+      kv_heads=0,  # key/value groups, 0: as many as heads
       head_dim=64,
       norm="layer",  # "layer" or "rms" (Idefics2)
       feed_forward="plain",  # "plain" or "gated" (Idefics2), without biases
@@ -252,7 +253,8 @@ def _data() -> ConfigDict:
       rows=16,  # packed rows of one step, over all hosts
       tokens=512,  # slots of a row's text axis
       decoder_tokens=0,  # encoder-decoders: slots of the decoder's axis, 0: one more than tokens
-      images=4,  # image slots of a row
+      images=4,  # image slots of a row; tiles and frames take one each
+      frames=0,  # flamingo: the most frames of a video, 0: there are no videos
       window=0,  # longest piece of a text-only document in tokens, 0: a whole row
       shards=1,  # logical data shards, divisible by every number of hosts you will use
       workers=0,  # processes that read, decode and lay out, per shard and source

@@ -13,6 +13,7 @@ from vlm_jax.core.errors import UsageError
 
 MODEL = ("fusion", "bridge", "tower", "connector", "llm", "precision")  # what decides a model
 COMPUTED = ("remat", "unroll", "init")  # but for these: how it is computed, where it began
+SINCE = ("connector.frames",)  # fields of a model added since; before, all did what they default to
 # Models of before there was `bridge` had none of these; their defaults are what such models did.
 WITH_BRIDGE = re.compile(
   "bridge|connector.(width|latents|depth|heads|norm_eps|kv_heads|head_dim|norm|feed_forward|qk_norm"
@@ -42,7 +43,7 @@ def fill(config: ConfigDict, path: str) -> list[str]:
         if isinstance(default, ConfigDict):
           visit(node[name], default, field)
         continue
-      known = name in COMPUTED or before and WITH_BRIDGE.fullmatch(field)
+      known = name in COMPUTED or field in SINCE or before and WITH_BRIDGE.fullmatch(field)
       if field.split(".")[0] in MODEL and not known:
         raise UsageError(f"{path} has no config.{field}, which decides what the model is; write it "
                          f"there as it was in the version that trained it (now: {default!r})")

@@ -5,6 +5,20 @@ features there are.
 
     z + attention(norm z; norm features and norm z), z + mlp(norm z)     repeated, norm
 
+A video is read as one item: its K latents see the patches of all its frames, and no other's (x the
+latents of a video whose three frames are a b c, y those of an image d; a row has more places for
+items than items, and what stands in the others sees nothing):
+
+         a b c d x y
+       x 1 1 1 . 1 .
+       y . . . 1 . 1
+
+With `config.connector.frames` a learned embedding of its time is added to every patch of a frame
+first, to those of an image the first; without, the order of frames makes no difference. Flamingo
+learned 8 and interpolated them for the 30 frames of its evaluation; here there are never more
+frames than embeddings. open_flamingo's `frame_embs` are the same; its `media_time_embs`, of the
+n-th picture of a prompt, which no released model has, are not here.
+
 What a family changes, no linear layer having a bias and heads any width:
 
                 norm    feed_forward  activation    heads of keys
@@ -27,7 +41,7 @@ from jax.nn import initializers
 from ml_collections import ConfigDict
 
 from vlm_jax.core.errors import UsageError
-from vlm_jax.core.mask import IntervalMask
+from vlm_jax.core.mask import NEVER, IntervalMask
 from vlm_jax.core.mesh import constrain
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.typing import Array
@@ -37,6 +51,7 @@ from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.mlp import feed_forward
 from vlm_jax.nn.norms import norm
 
+VIDEOS = True
 _ATTENTION = ("query", "key", "value", "out")
 
 
@@ -66,7 +81,7 @@ KEYS = _rows(
   "layer_norm",
 )
 # PerceiverResampler of open_flamingo.
-OPEN_FLAMINGO_KEYS = _rows(
+OPEN_FLAMINGO_KEYS = (("time", "frame_embs", "copy"), *_rows(
   "latents",
   {"context_norm": _LAYER + "0.norm_media", "latents_norm": _LAYER + "0.norm_latents",
    "mlp_norm": _LAYER + "1.0"},
@@ -74,7 +89,7 @@ OPEN_FLAMINGO_KEYS = _rows(
    _LAYER + "0.to_out.weight"),
   {"up": _LAYER + "1.1.weight", "down": _LAYER + "1.3.weight"},
   "norm",
-)
+))
 # Idefics2PerceiverResampler of transformers, whose norms have no biases.
 IDEFICS2_KEYS = _rows(
   "latents",
@@ -89,7 +104,7 @@ IDEFICS2_KEYS = _rows(
 
 
 def slots(config: ConfigDict, frames: int, height: int, width: int) -> np.ndarray:
-  """i32[k]: every latent is one slot; a grid of several frames is read as one image."""
+  """i32[k]: every latent is one slot, however many frames it read."""
   del frames, height, width
   return np.arange(config.latents, dtype=np.int32)
 
@@ -104,7 +119,9 @@ def uses(config: ConfigDict, path: str, features: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """What all layers read: features f[n,P,D] of n images; the context of K latents and P + K keys.
+  """What all layers read: features f[n,S,D], and the context of Q latents and S + Q keys.
+
+  n images have S = P patches and Q = K latents each; n rows of N frames S = N P and Q = N K.
   """
 
   features: Array
@@ -120,7 +137,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, columns: None, context: Read) -> tuple[Array, None]:
-    """See `nn.stack`; x f[n,K,D] are the latents."""
+    """See `nn.stack`; x f[n,Q,D] are the latents."""
     config, precision, width = self.config, self.precision, x.shape[-1]
     make = lambda name: norm(config.norm, config.norm_eps, precision, name)
     x = constrain(x, ("batch", None, None))
@@ -143,6 +160,30 @@ class Layer(nn.Module):
     return x + mlp(make("mlp_norm")(x)), columns
 
 
+def mask_of_items(time: Array, patches: int, latents: int) -> IntervalMask:
+  """The mask of a row of N frames: queries are N * K latents of items, keys N * P patches and they.
+
+  In the order of `k_index` the latents of an item stand behind the patches of its first frame.
+
+  Args:
+    time: i32[B,N] of `Media`.
+    patches: P of a frame.
+    latents: K of an item.
+  """
+  batch, slots = time.shape
+  step, number = patches + latents, jnp.arange(slots)
+  item = jnp.cumsum(time == 0, axis=1) - 1  # of every frame
+  mine = (item[:, None] == number[:, None]) & (time >= 0)[:, None]  # [B, items, frames]
+  first, count = jnp.argmax(mine, axis=-1) * step, jnp.sum(mine, axis=-1)
+  place = number[:, None] * step + jnp.arange(patches)
+  place = jnp.broadcast_to(place.reshape(-1), (batch, slots * patches))
+  own = first[..., None] + patches + jnp.arange(latents)
+  own = jnp.where(count[..., None] > 0, own, NEVER).reshape(batch, -1)
+  of_queries = lambda field: jnp.repeat(field, latents, axis=1).astype(jnp.int32)
+  return IntervalMask(of_queries(first), of_queries(first + count * step),
+                      k_index=jnp.concatenate([place, own], axis=1).astype(jnp.int32))
+
+
 class Model(nn.Module):
   """f[B,N,P,D_in] to f[B,N,K,width]."""
 
@@ -151,8 +192,12 @@ class Model(nn.Module):
   precision: Precision
 
   @nn.compact
-  def __call__(self, features: Array, grid: tuple[int, int]) -> Array:
-    """See the class; heads that do not share keys evenly are a UsageError."""
+  def __call__(self, features: Array, grid: tuple[int, int], time: Array | None = None) -> Array:
+    """Reads images one by one, or with their `time` i32[B,N] the frames of items; see `Connector`.
+
+    Raises:
+      UsageError: heads that do not share keys evenly.
+    """
     del grid
     config, precision = self.config, self.precision
     groups = config.kv_heads or config.heads
@@ -162,15 +207,25 @@ class Model(nn.Module):
     batch, images, count, wide = features.shape
     if wide != self.width:
       features = Linear((self.width,), ("embed", "mlp"), False, precision, name="project")(features)
-    x = features.astype(precision.compute).reshape(batch * images, count, self.width)
-    latents = parameter(self, "latents", initializers.normal(1.0), (config.latents, self.width),
-                        (None, "norm"), precision.param)
+    x = features.astype(precision.compute)
+    learned = lambda name, rows: parameter(self, name, initializers.normal(1.0), (rows, self.width),
+                                           (None, "norm"), precision.param)
+    latents = learned("latents", config.latents)
+    if config.frames:
+      at = jnp.zeros((batch, images), jnp.int32) if time is None else jnp.maximum(time, 0)
+      x = x + learned("time", config.frames)[at][:, :, None].astype(x.dtype)
+    rows, together = (batch * images, 1) if time is None else (batch, images)
+    x = x.reshape(rows, together * count, self.width)
     latents = jnp.broadcast_to(latents.astype(x.dtype), (len(x), *latents.shape))
-    see_all = jnp.zeros((len(x), config.latents), jnp.int32)
+    if time is None:
+      see_all = jnp.zeros((len(x), config.latents), jnp.int32)
+      mask = IntervalMask(see_all, see_all + count + config.latents)
+    else:
+      latents = jnp.tile(latents, (1, together, 1))
+      mask = mask_of_items(time, count, config.latents)
     context = make_context(
-      IntervalMask(see_all, see_all + count + config.latents), None, (0, 0),
-      keys=count + config.latents, sharing=config.heads // groups, width=config.head_dim,
-      dtype=precision.compute)
+      mask, None, (0, 0), keys=together * (count + config.latents), sharing=config.heads // groups,
+      width=config.head_dim, dtype=precision.compute)
     latents, _ = stack.run(Layer, config.depth, config=config, implementation="auto",
                            precision=precision, name="layers")(latents, None, Read(x, context))
     latents = norm(config.norm, config.norm_eps, precision, "norm")(latents)

@@ -49,12 +49,15 @@ class Media:
       one behind the other, and padding behind them; None: every image fills its square.
     words: i32[B,N,L], what a connector that reads is told about each image, in ids of its own
       tokenizer, -1 behind the last; None: it is told nothing.
+    time: i32[B,N], the number of each frame in its video, 0 of an image, -1 of an empty slot: every
+      0 begins an item; None: every slot is an item.
   """
 
   values: Array
   segment_ids: Array
   grid: Array | None = None
   words: Array | None = None
+  time: Array | None = None
 
 
 @jax.tree_util.register_dataclass

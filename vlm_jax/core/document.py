@@ -52,10 +52,20 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Video:
+  """A video, always in the trunk: its frames, one or more, in the order of time."""
+
+  frames: tuple[Image, ...]
+
+
+Visual = Image | Video  # a part that is seen
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
   """An ordered tuple of parts, the name of its source and a key that finds it again."""
 
-  parts: tuple[Text | Image, ...]
+  parts: tuple[Text | Visual, ...]
   source: str
   key: str
 
@@ -90,6 +100,8 @@ class Tiles:
 class Pixels:
   """One decoded image: as a whole, u8[H,W,3], and perhaps also in tiles of the same shape.
 
+  Of a video `values` is the first frame, and `later` u8[n,H,W,3] those behind it.
+
   With a `grid`, rows and columns of patches, `values` holds the patches of the image one behind the
   other in the reading order of the square, and black behind the last (NaFlex, arXiv:2502.14786).
   `words` i32[l] are what a connector that reads is told about it, in ids of its own tokenizer.
@@ -100,11 +112,13 @@ class Pixels:
   tiles: Tiles | None = None
   grid: tuple[int, int] | None = None
   words: np.ndarray | None = None
+  later: np.ndarray | None = None
 
   @property
   def squares(self) -> list[np.ndarray]:
-    """What the tower sees, u8[H,W,3] each: the whole, then the tiles."""
-    return [self.values, *(self.tiles.values if self.tiles else ())]
+    """What the tower sees, u8[H,W,3] each: the whole, then the tiles or the later frames."""
+    return [self.values, *(self.tiles.values if self.tiles else ()),
+            *(() if self.later is None else self.later)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +134,12 @@ class Encoded:
 
   @property
   def images(self) -> list[np.ndarray]:
-    """The pixels of every image, u8[H,W,3] each, in reading order."""
+    """The pixels of every image (of a video the first frame), u8[H,W,3] each, in reading order."""
     return [part.values for part in self.parts if isinstance(part, Pixels)]
 
   @property
   def squares(self) -> list[np.ndarray]:
-    """What fills the image axis, u8[H,W,3] each: every image, and behind it its tiles."""
+    """What fills the image axis, u8[H,W,3] each: every image, and behind it the rest of it."""
     return [one for part in self.parts if isinstance(part, Pixels) for one in part.squares]
 
   @property

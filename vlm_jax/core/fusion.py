@@ -194,10 +194,13 @@ class Connector(Protocol):
 
   Model(config.connector, width, precision) is called with features f[B,N,P,D] and their grid
   (height, width), and returns f[B,N,K,width]; one that reads also with the words i32[B,N,L] of
-  `Media`, if the batch has any. `config` below is `config.connector`. Optional:
+  `Media`, if the batch has any. One that says VIDEOS = True is called with their time i32[B,N], if
+  the batch has it: the N slots are then frames, and what it returns are their items in order, empty
+  behind the last. `config` below is `config.connector`. Optional:
 
     uses(config, path, features)  to how many places of one image a parameter is applied, of
-                                  `features` there are; left out: to every slot
+                                  `features` there are (of a video 0: to those that it has once,
+                                  whatever its frames); left out: to every slot
   """
 
   Model: type

@@ -15,6 +15,7 @@ from vlm_jax.core.document import Encoded, Pixels, Tokens
 IGNORE = -1  # the fill of a slot that holds a token, not a row of the media table
 LEARNED = -2  # and of one that holds the strategy's learned row, which packing does not move
 TOLD = "media/images/words"  # of strategies whose connector reads, see `Media`
+TIME = "media/images/time"  # of strategies that see videos, see `Media`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,8 @@ def heard(fields: dict[str, Field], stream: str) -> dict[str, Field]:
   return {path: field for path, field in fields.items() if said(path)}
 
 
-def image_fields(height: int, width: int, grids: bool = False, words: int = 0
-                 ) -> dict[str, Field]:
+def image_fields(height: int, width: int, grids: bool = False, words: int = 0,
+                 frames: bool = False) -> dict[str, Field]:
   """The fields of the media axis "images": u8 pixels and the document of each image (0: empty).
 
   Args:
@@ -135,12 +136,14 @@ def image_fields(height: int, width: int, grids: bool = False, words: int = 0
     width: of an image in pixels.
     grids: whether each image has a grid of its own, see `Media`.
     words: L, the most that a connector is told about each image; 0: nothing.
+    frames: whether an image may be a frame of a video.
   """
   return {
     "media/images/values": Field("images", dtype="uint8", shape=(height, width, 3)),
     "media/images/segment_ids": Field("images", shift="documents", base=1),
   } | ({"media/images/grid": Field("images", shape=(2,))} if grids else {}) | (
-    {TOLD: Field("images", pad=-1, shape=(words,))} if words else {})
+    {TOLD: Field("images", pad=-1, shape=(words,))} if words else {}) | (
+    {TIME: Field("images", pad=-1)} if frames else {})
 
 
 def text_fields(name: str, length: int = 0, stream: str = "") -> dict[str, Field]:
@@ -254,7 +257,7 @@ def split(encoded: Encoded, capacity: int, image_slots: Callable[[Pixels], int],
     encoded: the document.
     capacity: slots of one row.
     image_slots: how many slots an image takes.
-    images: squares that one row has room for.
+    images: squares (images, tiles, frames) that one row has room for.
 
   Returns:
     The pieces in order; [encoded] itself when it fits; [] when an image (or the images of one turn)

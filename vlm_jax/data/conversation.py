@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tokenizers
 
-from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text, Tokens
+from vlm_jax.core.document import ROLES, Document, Encoded, Pixels, Text, Tokens, Visual
 from vlm_jax.core.errors import UsageError
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.chat import Message, Written
 from vlm_jax.data.tokenizer import Tokenizer
 
-DecodeImage = Callable[[Image], Pixels]
-Part = Text | Image
+DecodeImage = Callable[[Visual], Pixels]
+Part = Text | Visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage, 
   Args:
     document: parts in reading order, the trunk before the branches.
     tokenizer: has a chat template.
-    decode_image: Image to Pixels.
+    decode_image: Image or Video to Pixels.
     prompt: of the last part of the document, or of every branch, only the opening of its turn.
 
   Raises:
@@ -62,7 +62,7 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage, 
   trunk = [part for part in document.parts if not getattr(part, "branch", 0)]
   numbers = sorted({part.branch for part in document.parts if getattr(part, "branch", 0)})
   mine = lambda number: [p for p in document.parts if getattr(p, "branch", 0) == number]
-  pictures = [decode_image(part) for part in document.parts if isinstance(part, Image)]
+  pictures = [decode_image(part) for part in document.parts if isinstance(part, Visual)]
   if pictures and tokenizer.image < 0:
     raise UsageError(f"config.data.tokenizer has no token of a picture, but {document.key} has "
                      "pictures; name it image_token in tokenizer_config.json")
@@ -96,7 +96,7 @@ def messages(parts: Sequence[Part], key: str) -> list[Message]:
   found: list[tuple[str, list[str | None]]] = []
   waiting = 0
   for part in parts:
-    if isinstance(part, Image):
+    if isinstance(part, Visual):
       waiting += 1
       continue
     if part.role not in ROLES or part.role == "text":

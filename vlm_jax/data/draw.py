@@ -5,7 +5,9 @@ in any process, at any time.
 """
 
 import bisect
+import copy
 import dataclasses
+import functools
 import itertools
 import os
 import zlib
@@ -15,7 +17,7 @@ from typing import cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.core.document import Document, Encoded, Image, Pixels
+from vlm_jax.core.document import Document, Encoded, Image, Pixels, Video, Visual
 from vlm_jax.core.errors import DataError, UsageError, nearest
 from vlm_jax.core.fusion import find_fusion, vocabulary
 from vlm_jax.core.layout import TOLD, Layout, split
@@ -84,9 +86,15 @@ def _reader(config: ConfigDict, speaks: tokenizer.Tokenizer, length: int) -> ins
 
 
 def image_decoder(config: ConfigDict) -> template.DecodeImage:
-  """A function from Image to Pixels of the tower's image size, for `template.encode`."""
+  """A function from Image or Video to Pixels of the tower's size, for `template.encode`."""
   size, how = config.tower.image_size, images.decoding(config)
-  return lambda image: images.picture(image.data, size, how)
+
+  def decode(part: Visual) -> Pixels:
+    if isinstance(part, Video):
+      return images.video([frame.data for frame in part.frames], size, how)
+    return images.picture(part.data, size, how)
+
+  return decode
 
 
 def open_records(config: ConfigDict, name: str, module: Source, split: str
@@ -164,7 +172,7 @@ class Records:
     record = self._reader[index]
     documents = self._module.parts(record, self._form)
     if self._policy == "shuffled":
-      if any(isinstance(part, Image) for parts in documents for part in parts):
+      if any(isinstance(part, Visual) for parts in documents for part in parts):
         strangers = self._strangers(index)
         documents = [_replace(parts, strangers) for parts in documents]
     elif self._policy == "none":
@@ -174,12 +182,12 @@ class Records:
     return [Document(self._read(parts), self._name, key + number(i))
             for i, parts in enumerate(documents)]
 
-  def _strangers(self, index: int) -> list[Image]:
+  def _strangers(self, index: int) -> list[Visual]:
     """The images of the partner, or of the next record after it that this form has images of."""
     for step in range(len(self._reader) - 1):
       other = (self.partner(index) + step) % len(self._reader)
       parts = self._module.parts(self._reader[other], self._form)[:1] if other != index else []
-      if found := [part for one in parts for part in one if isinstance(part, Image)]:
+      if found := [part for one in parts for part in one if isinstance(part, Visual)]:
         return found
     return []
 
@@ -192,15 +200,20 @@ class Records:
 
   def _read(self, parts: Parts) -> Parts:
     """The parts with the images that are only named read from their folder."""
-    return tuple(Image(self._folder.read(part.data))
-                 if isinstance(part, Image) and isinstance(part.data, str) else part
-                 for part in parts)
+    def read(part):
+      if isinstance(part, Video):
+        return Video(tuple(map(read, part.frames)))
+      if isinstance(part, Image) and isinstance(part.data, str):
+        return Image(self._folder.read(part.data))
+      return part
+
+    return tuple(map(read, parts))
 
 
-def _replace(parts: Parts, strangers: list[Image]) -> Parts:
+def _replace(parts: Parts, strangers: list[Visual]) -> Parts:
   """The parts with their images replaced in turn by `strangers`; without any they are removed."""
   supply = itertools.cycle(strangers)
-  replaced = (next(supply, None) if isinstance(part, Image) else part for part in parts)
+  replaced = (next(supply, None) if isinstance(part, Visual) else part for part in parts)
   return tuple(part for part in replaced if part is not None)
 
 
@@ -242,10 +255,12 @@ class Draw:
       return Bad(error.reason, self.records.key(index), error.detail)
 
   def _pieces(self, document: Document, rng: np.random.Generator) -> list[Encoded]:
-    def decode(image: Image) -> Pixels:
-      pixels = self._decode(image)
-      values = augment.apply(pixels.values, self._augment, rng)
-      return dataclasses.replace(pixels, values=values)
+    def decode(part: Visual) -> Pixels:
+      pixels = self._decode(part)
+      later, change = pixels.later, functools.partial(augment.apply, names=self._augment)
+      if later is not None:  # every frame is changed as the first is
+        later = np.stack([change(frame, rng=copy.deepcopy(rng)) for frame in later])
+      return dataclasses.replace(pixels, values=change(pixels.values, rng=rng), later=later)
 
     encoded = template.encode(document, self._tokenizer, decode)
     data = self._config.data

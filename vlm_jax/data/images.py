@@ -154,6 +154,19 @@ def picture(data: bytes | np.ndarray, size: int, how: Decoding) -> Pixels:
   return Pixels(whole, tiles=Tiles(cut(image, size, grid, how), grid, shape))
 
 
+def video(frames: Sequence[bytes | np.ndarray], size: int, how: Decoding) -> Pixels:
+  """The frames of a video as the tower sees them; one frame is an image.
+
+  Raises:
+    BadExample: as in `decode`, or "wrong_record": there is no frame.
+  """
+  if not frames:
+    raise BadExample("wrong_record", "a video has no frames")
+  first = picture(frames[0], size, how)
+  later = [square(frame, size, how) for frame in frames[1:]]
+  return dataclasses.replace(first, later=np.stack(later)) if later else first
+
+
 def decode(data: bytes, how: Decoding | None = None) -> np.ndarray:
   """Decodes an image file to u8[H,W,3], every pixel of it.
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.fusion import find_fusion
-from vlm_jax.core.layout import IGNORE, heard, mask_axes, owners_of
+from vlm_jax.core.layout import IGNORE, TIME, heard, mask_axes, owners_of
 from vlm_jax.data import pipeline
 from vlm_jax.data.tokenizer import Tokenizer
 
@@ -190,8 +190,9 @@ def draw_rows(config: ConfigDict, batch: Flat, rows: int) -> Image.Image:
   side = strip + max(length[queries] for queries, _ in axes.values())
   canvas = Image.new("RGB", (width, side + legend), UNSEEN)
   left = 0
-  of_table = lambda row: np.repeat(batch["media/images/segment_ids"][row] > 0,
-                                   capacity["table"] // capacity["images"])
+  # Frames of a video are one item, whose rows come behind those of the item before.
+  items = np.sort(batch[TIME] != 0) == 0 if TIME in batch else batch["media/images/segment_ids"] > 0
+  of_table = lambda row: np.repeat(items[row], capacity["table"] // capacity["images"])
   kinds = lambda axis, row: kinds_of(batch, axis, row) if axis != "table" else [
     "image" if there else "padding" for there in of_table(row)]
   colours = lambda axis, row: np.array([COLOURS[kind] for kind in kinds(axis, row)], np.uint8)

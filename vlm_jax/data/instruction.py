@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
+from vlm_jax.core.document import Document, Encoded, Pixels, Text, Visual
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data import published
 
@@ -108,7 +108,7 @@ def instructions(document: Document) -> list[str]:
       continue
     if answered:
       turns.append([])
-    if isinstance(part, Image):
+    if isinstance(part, Visual):
       of.append(len(turns) - 1)
     elif part.role == "user":
       turns[-1].append(part.text)

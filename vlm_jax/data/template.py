@@ -23,7 +23,7 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.core.document import ROLES, Document, Encoded, Image, Pixels, Text, Tokens
+from vlm_jax.core.document import ROLES, Document, Encoded, Pixels, Text, Tokens, Visual
 from vlm_jax.data import conversation, instruction
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.conversation import DecodeImage
@@ -36,7 +36,7 @@ def encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage) 
   Args:
     document: parts in reading order, the trunk before the branches.
     tokenizer: gives ids.
-    decode_image: Image to Pixels, already resized for the tower.
+    decode_image: Image or Video to Pixels, already resized for the tower.
 
   Returns:
     The encoded document. A question, its images and its answer share a turn.
@@ -96,13 +96,13 @@ def _encode(document: Document, tokenizer: Tokenizer, decode_image: DecodeImage,
   following, shown, learned = texts[1:], False, any(part.loss for part in texts)
   chunks = tokenizer.chunk >= 0 and not conversation.is_conversation(document)
   for index, part in enumerate(document.parts):
-    if isinstance(part, Image):
+    if isinstance(part, Visual):
       if chunks and shown:
         parts.append(Tokens(np.array([tokenizer.chunk], np.int32), np.array([learned]), 0, turn))
       shown = True
     if index and (answered or (isinstance(part, Text) and part.branch != branch)):
       turn += 1
-    if isinstance(part, Image):
+    if isinstance(part, Visual):
       parts.append(dataclasses.replace(decode_image(part), turn=turn))
       answered = False
     else:

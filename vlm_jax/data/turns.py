@@ -17,14 +17,14 @@ they stand before the first turn. What was written with an image in its middle s
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vlm_jax.core.document import Image, Text
+from vlm_jax.core.document import Image, Text, Visual
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.sources import Parts
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system"}
-Items = Iterable[str | Image]
+Items = Iterable[str | Visual]
 
 
 def documents(record: dict[str, Any], fields: Sequence[str]) -> list[Parts]:
@@ -44,10 +44,10 @@ def documents(record: dict[str, Any], fields: Sequence[str]) -> list[Parts]:
 
 def say(items: Items, role: str, loss: bool) -> Parts:
   """One turn: texts joined by a line break, those behind an image continuing the text before it."""
-  parts: list[Text | Image] = []
+  parts: list[Text | Visual] = []
   joined = False
   for item in items:
-    if isinstance(item, Image):
+    if isinstance(item, Visual):
       parts.append(item)
       joined = False
     elif item.strip():

@@ -35,7 +35,7 @@ from vlm_jax.core.fusion import Cache, Embeddings, Stage, find_llm, find_tower
 from vlm_jax.core.layout import Field, Layout, image_fields, text_fields
 from vlm_jax.core.precision import precision
 from vlm_jax.core.typing import Array
-from vlm_jax.fusion.concat import refuse_tiles, source_id
+from vlm_jax.fusion.concat import refuse_tiles, refuse_video, source_id
 from vlm_jax.nn.linear import Linear, parameter
 from vlm_jax.nn.model import Configured
 from vlm_jax.ops.contrastive import Pairs, softmax_losses
@@ -80,9 +80,10 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   """i32[0], as `rows`.
 
   Raises:
-    UsageError: an image in tiles.
+    UsageError: an image in tiles, or a video.
   """
   refuse_tiles(config, image)
+  refuse_video(config, image)
   return rows(config)
 
 
@@ -98,14 +99,14 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   """The picture and the text of a document; a text that is too long keeps its last token.
 
   Raises:
-    UsageError: several pictures or texts, neither, a picture in tiles, or a source that the config
-      does not have.
+    UsageError: several pictures or texts, neither, as `order`, or a source that the config does not
+      have.
   """
   del rng  # nothing here is random
   images = [part for part in encoded.parts if isinstance(part, Pixels)]
   texts = [part for part in encoded.parts if isinstance(part, Tokens)]
   for image in images:
-    refuse_tiles(config, image)
+    order(config, image)  # which refuses what is no single square
   if len(images) > 1 or len(texts) > 1 or not encoded.parts:
     raise UsageError(f"document {encoded.key} has {len(images)} pictures and {len(texts)} texts; "
                      f"config.fusion.name '{config.fusion.name}' pairs one with one, so set the "

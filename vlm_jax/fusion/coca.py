@@ -150,10 +150,11 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   """i32[K], as `rows`.
 
   Raises:
-    UsageError: an image in tiles, or with a grid of its own.
+    UsageError: an image in tiles, or with a grid of its own, or a video.
   """
   concat.refuse_grid(config, image)
   concat.refuse_tiles(config, image)
+  concat.refuse_video(config, image)
   return rows(config)
 
 

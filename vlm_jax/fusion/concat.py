@@ -87,10 +87,11 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   """i32[K], the fill of one image's slots: its rows.
 
   Raises:
-    UsageError: an image in tiles, or with a grid of its own.
+    UsageError: an image in tiles, or with a grid of its own, or a video.
   """
   refuse_grid(config, image)
   refuse_tiles(config, image)
+  refuse_video(config, image)
   return rows(config)
 
 
@@ -107,6 +108,14 @@ def refuse_tiles(config: ConfigDict, image: Pixels) -> None:
   if image.tiles:
     raise UsageError(f"config.data.decode.grids cuts images into tiles, which config.fusion.name "
                      f"'{config.fusion.name}' does not read; set it to () or use 'llava_next'")
+
+
+def refuse_video(config: ConfigDict, image: Pixels) -> None:
+  """Raises UsageError for a video."""
+  if image.later is not None:
+    raise UsageError(f"a document has a video, whose frames config.fusion.name "
+                     f"'{config.fusion.name}' does not read together; give it frames as images of "
+                     "their own, or use 'flamingo'")
 
 
 def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> Layout:
@@ -253,8 +262,9 @@ def media_table(media: Media, config: ConfigDict, width: int = 0) -> Array:
   features = tower.Model(config.tower, config.attention, dtypes, name="tower")(media.values)
   connector = find_connector(config).Model(config.connector, width or config.llm.width, dtypes,
                                            name="connector")
-  told = () if media.words is None else (media.words,)
-  table = connector(features.patches, tower.grid(config.tower), *told)
+  told = {"words": media.words, "time": media.time}
+  told = {name: values for name, values in told.items() if values is not None}
+  table = connector(features.patches, tower.grid(config.tower), **told)
   batch, images, slots, width = table.shape
   if slots != len(rows(config)):
     raise ValueError(f"connector '{config.connector.name}': {slots} rows an image, but its slots "

@@ -31,6 +31,10 @@ In fan-out documents every branch reads the last image of the trunk (a, b tokens
 The attention of a row that sees no image is 0, but once its gate is open the feed-forward block
 changes that row too: with images or without, a trained bridge is not the bare language model.
 
+A video is one image in all of this: one slot of the text, K rows of the table, which its connector
+made of all frames together. With `config.data.frames` documents may have videos of at most so many;
+every frame takes a place of `config.data.images`.
+
 Of web pages (form "document") a share `next_image` reads the image that comes next instead
 (appendix A.3.2); what stands behind the last image then sees none. `config.bridge` says where the
 gated layers stand and what they are made of.
@@ -50,8 +54,17 @@ from vlm_jax.core import mask as masks
 from vlm_jax.core.batch import Batch
 from vlm_jax.core.document import Encoded, Pixels
 from vlm_jax.core.errors import UsageError, nearest
-from vlm_jax.core.fusion import Cache, Output, Stage, find_llm
-from vlm_jax.core.layout import LEARNED, Field, Layout, Slots, mask_fields, write_slots
+from vlm_jax.core.fusion import Cache, Output, Stage, find_connector, find_llm
+from vlm_jax.core.layout import (
+  LEARNED,
+  TIME,
+  Field,
+  Layout,
+  Slots,
+  image_fields,
+  mask_fields,
+  write_slots,
+)
 from vlm_jax.core.mask import IntervalMask
 from vlm_jax.core.mesh import constrain
 from vlm_jax.core.precision import Precision, precision
@@ -81,8 +94,10 @@ PAGE = "document"  # the form of sources whose documents are web pages
 
 
 def fields(config: ConfigDict) -> dict[str, Field]:
-  """Those of `concat`, and the mask "media" of text slots and rows of the table."""
-  return concat.fields(config) | mask_fields("media", STREAM, "table", classes=False)
+  """Those of `concat`, the time of frames, and the mask "media" of slots and rows of the table."""
+  side = config.tower.image_size
+  return (concat.fields(config) | image_fields(side, side, frames=config.data.frames > 0)
+          | mask_fields("media", STREAM, "table", classes=False))
 
 
 def vocabulary(config: ConfigDict) -> int:
@@ -93,7 +108,8 @@ def vocabulary(config: ConfigDict) -> int:
 def uses(config: ConfigDict, path: str) -> dict[str, int] | None:
   """Keys and values of the gated layers are made of the rows of the table, not of the text."""
   made = path.startswith(("bridge/attention/key", "bridge/attention/value"))
-  return {"images/images": len(rows(config))} if made else None
+  items = "items/images" if config.data.frames else "images/images"
+  return {items: len(rows(config))} if made else None
 
 
 def attention_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int]]:
@@ -102,13 +118,17 @@ def attention_shapes(config: ConfigDict) -> dict[str, tuple[int, int, int]]:
 
 
 def order(config: ConfigDict, image: Pixels) -> np.ndarray:
-  """i32[1]: an image is one slot of the text, whatever the tower sees.
+  """i32[1]: an image or a video is one slot of the text, whatever the tower sees.
 
   Raises:
-    UsageError: an image in tiles, or with a grid of its own.
+    UsageError: an image in tiles, or with a grid of its own, or a video of too many frames.
   """
   concat.refuse_grid(config, image)
   concat.refuse_tiles(config, image)
+  frames, most = len(image.squares), config.data.frames
+  if frames > max(most, 1):
+    raise UsageError(f"a document has a video of {frames} frames but config.data.frames is {most}; "
+                     "raise it, or give fewer frames of it")
   return np.array([LEARNED], np.int32)
 
 
@@ -121,8 +141,9 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
     rng: draws whether the text of a page reads the next image.
 
   Raises:
-    UsageError: an unknown image_attention, no token for images, a share that is none, a new token
-      that is to be said and cannot be, or as `concat.layout`.
+    UsageError: an unknown image_attention, no token for images, a share that is none, videos that
+      the connector does not read, a new token that is to be said and cannot be, or as `order` and
+      `concat.layout`.
   """
   check(config)
   slots = write_slots(encoded, rows(config), lambda image: order(config, image))
@@ -140,7 +161,11 @@ def layout(encoded: Encoded, config: ConfigDict, rng: np.random.Generator) -> La
   lo, hi = np.where(index > 0, (first * size, index * size), 0).astype(np.int32)
   tokens = np.where(slots.image > 0, picture, slots.tokens).astype(np.int32)
   more = {f"streams/{STREAM}/tokens": tokens, "masks/media/lo": lo, "masks/media/hi": hi}
-  return dataclasses.replace(made, arrays=made.arrays | more)
+  items = [len(part.squares) for part in encoded.parts if isinstance(part, Pixels)]
+  if config.data.frames:
+    more[TIME] = np.concatenate([np.arange(count) for count in (0, *items)]).astype(np.int32)
+  return dataclasses.replace(made, arrays=made.arrays | more,
+                             sizes=made.sizes | {"table": len(items) * size})
 
 
 def _refuse_unsaid(encoded: Encoded, slots: Slots, config: ConfigDict) -> None:
@@ -153,8 +178,8 @@ def _refuse_unsaid(encoded: Encoded, slots: Slots, config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields of `config.fusion` that cannot be, as UsageError."""
-  fusion = config.fusion
+  """Refuses fields of `config.fusion`, and numbers of frames, that cannot be, as UsageError."""
+  fusion, frames, learned = config.fusion, config.data.frames, config.connector.frames
   if fusion.image_attention not in IMAGE_ATTENTION:
     raise UsageError(f"config.fusion.image_attention is '{fusion.image_attention}'; "
                      f"{nearest(fusion.image_attention, IMAGE_ATTENTION)}")
@@ -164,6 +189,13 @@ def check(config: ConfigDict) -> None:
   if not 0 <= fusion.next_image <= 1 or fusion.next_image and fusion.image_attention == "all":
     raise UsageError(f"config.fusion.next_image is {fusion.next_image}; use a share from 0 to 1, "
                      "and 0 where image_attention is 'all'")
+  if frames and not getattr(find_connector(config), "VIDEOS", False):
+    raise UsageError(f"config.data.frames is {frames} but config.connector.name "
+                     f"'{config.connector.name}' reads images one by one; use 'perceiver', or 0")
+  if 0 < learned < frames:
+    raise UsageError(f"config.data.frames is {frames} but config.connector.frames {learned}: later "
+                     "frames have no embedding, and none are interpolated (Flamingo did in "
+                     "evaluation only); make them equal, or show fewer frames")
 
 
 def images_read(pictures: np.ndarray, ahead: bool = False) -> np.ndarray:

@@ -57,6 +57,7 @@ from vlm_jax.fusion.concat import (
   losses,
   media_table,
   refuse_grid,
+  refuse_video,
   weights,
 )
 from vlm_jax.nn.linear import parameter
@@ -92,9 +93,10 @@ def order(config: ConfigDict, image: Pixels) -> np.ndarray:
   """i32[k], the fill of one image's slots: the whole, then the rows of the tiles' grid.
 
   Raises:
-    UsageError: an image with a grid of its own.
+    UsageError: an image with a grid of its own, or a video.
   """
   refuse_grid(config, image)
+  refuse_video(config, image)
   whole = rows(config)
   if image.tiles is None:
     return np.append(whole, LEARNED).astype(np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax.core import stopping
-from vlm_jax.core.document import Document, Encoded, Image, Pixels, Text
+from vlm_jax.core.document import Document, Encoded, Pixels, Text, Visual
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion, speaking
 from vlm_jax.core.layout import Layout
@@ -145,7 +145,7 @@ def _answer(config: ConfigDict, tokenizer: Tokenizer, prompt: Encoded, laid_out:
                 slots(laid_out), sum(len(module.order(config, image)) for image in images))
 
 
-def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "prompt"
+def ask(config: ConfigDict, prompt: str, pictures: Sequence[Visual], key: str = "prompt"
         ) -> Document:
   """The document of one question about some pictures, which the model is to answer.
 
@@ -166,7 +166,7 @@ def ask(config: ConfigDict, prompt: str, pictures: Sequence[Image], key: str = "
   return Document(interleave(prompt, pictures, branch), "", key)
 
 
-def interleave(prompt: str, pictures: Sequence[Image], branch: int) -> tuple[Text | Image, ...]:
+def interleave(prompt: str, pictures: Sequence[Visual], branch: int) -> tuple[Text | Visual, ...]:
   """The parts of a question with its pictures where `<image>` says, and the answer's empty part.
 
   Args:
@@ -187,7 +187,7 @@ def interleave(prompt: str, pictures: Sequence[Image], branch: int) -> tuple[Tex
   if not any(pieces):
     raise UsageError("--prompt is empty; ask something")
   branch = 0 if any(pieces[:-1]) else branch
-  parts: list[Text | Image] = []
+  parts: list[Text | Visual] = []
   for piece, picture in zip(pieces, [*pictures, None], strict=True):
     if piece:
       continues = any(isinstance(part, Text) for part in parts)

@@ -4,7 +4,7 @@ from typing import Any
 
 from PIL import Image as PIL
 
-from vlm_jax.core.document import Document, Image
+from vlm_jax.core.document import Document, Video, Visual
 from vlm_jax.core.errors import UserError
 from vlm_jax.data import images, pipeline
 from vlm_jax.data.bad import BadExample
@@ -115,8 +115,9 @@ def documents(run: Run, numbers: dict[str, Any], keys: set[str]
 
 def thumbnail(document: Document | None) -> PIL.Image | None:
   """A small copy of few colours of a document's first picture; None without a readable one."""
-  image = next((part for part in document.parts if isinstance(part, Image)), None) \
+  image = next((part for part in document.parts if isinstance(part, Visual)), None) \
     if document else None
+  image = image.frames[0] if isinstance(image, Video) else image
   if image is None:
     return None
   try:

@@ -28,7 +28,7 @@ from vlm_jax.train.step import Numbers
 # How paths of tables end whose rows are read or added, which is as good as free, as numbers are; a
 # tied embedding is the head's matrix.
 READ = ("embed/embedding", "head/kernel", "positions", "table", "latents", "queries", "probe",
-        "_token", "registers", "newline")
+        "time", "_token", "registers", "newline")
 
 
 class Writer:
@@ -135,11 +135,15 @@ class Work:
   def __init__(self, config: ConfigDict, leaves: dict[str, Leaf], shapes: dict[str, Any]):
     """Reads the parameters and the flat batch from their shapes; `slots` are those of a step."""
     kinds = {"streams": "tokens", "media": "images", "documents": "texts"}
-    self.slots = {}  # "tokens/<stream>", "images/<media>" and "texts/<documents>" to slots
+    # "tokens/<stream>", "images/<media>" and "texts/<documents>" to slots; where images may be
+    # frames "items/<media>", of which there are as many places.
+    self.slots = {}
     for path, shape in shapes.items():
       kind, name, field = path.split("/", 2)
       if field == "segment_ids":
         self.slots[f"{kinds[kind]}/{name}"] = math.prod(shape.shape)
+      elif kind == "media" and field == "time":
+        self.slots[f"items/{name}"] = math.prod(shape.shape)
     self._cost = dict.fromkeys(self.slots, 0.0)  # FLOPs of one slot
     # Texts of fixed length are computed whole, padding included.
     texts = {name: shapes[path].shape[-1] for name in self.slots
@@ -207,7 +211,12 @@ def _places(config: ConfigDict, path: str, slots: list[str], texts: dict[str, in
   if top == "connector":
     count = len(connector.slots(config.connector, 1, height, width))
     uses = getattr(connector, "uses", lambda config, path, features: count)
-    return dict.fromkeys(images, uses(config.connector, inner, height * width))
+    places = dict.fromkeys(images, uses(config.connector, inner, height * width))
+    for items in (name for name in slots if name.startswith("items/")):
+      # What an item costs however many frames it has, it costs once.
+      places[items] = uses(config.connector, inner, 0)
+      places[items.replace("items", "images", 1)] -= places[items]
+    return places
   streams = [name.removeprefix("tokens/") for name in slots if name.startswith("tokens/")]
   places = {f"tokens/{stream}": 1 for stream in _streams_of(path, streams)}
   return places | texts if top == "llm" else places

@@ -187,4 +187,6 @@ def _used(batch: Batch) -> dict[str, Array]:
   count = lambda ids: jnp.sum((ids > 0).astype(jnp.float32))
   used = {f"tokens/{name}": count(stream.segment_ids) for name, stream in batch.streams.items()}
   used |= {f"texts/{name}": count(texts.segment_ids) for name, texts in batch.documents.items()}
-  return used | {f"images/{name}": count(media.segment_ids) for name, media in batch.media.items()}
+  used |= {f"images/{name}": count(media.segment_ids) for name, media in batch.media.items()}
+  return used | {f"items/{name}": count(media.time == 0) for name, media in batch.media.items()
+                 if media.time is not None}

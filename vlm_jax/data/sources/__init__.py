@@ -26,12 +26,12 @@ from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
 
-from vlm_jax.core.document import Image, Text
+from vlm_jax.core.document import Text, Visual
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import find
 
 Record = dict[str, Any]
-Parts = tuple[Text | Image, ...]
+Parts = tuple[Text | Visual, ...]
 
 
 class Source(Protocol):

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.core import stopping
-from vlm_jax.core.document import Document, Image, Text
+from vlm_jax.core.document import Document, Text, Visual
 from vlm_jax.core.errors import UsageError, nearest
 from vlm_jax.core.fusion import find_tower
 from vlm_jax.core.precision import precision
@@ -161,7 +161,7 @@ class Shots:
 
   def _look(self, documents: list[Document], opened: Split) -> np.ndarray:
     """Unit vectors f32[n,D] of the documents' first pictures."""
-    first = [next((part for part in document.parts if isinstance(part, Image)), None)
+    first = [next((part for part in document.parts if isinstance(part, Visual)), None)
              for document in documents]
     if None in first:
       key = documents[first.index(None)].key
@@ -188,13 +188,13 @@ def features(config: FrozenConfigDict, params: Params, values: Array) -> Array:
   return means / jax.numpy.linalg.norm(means, axis=-1, keepdims=True)
 
 
-def turns(document: Document) -> list[tuple[Text | Image, ...]]:
+def turns(document: Document) -> list[tuple[Text | Visual, ...]]:
   """The parts of a plain document, cut behind every answer.
 
   Raises:
     UsageError: the document has branches.
   """
-  found: list[tuple[Text | Image, ...]] = []
+  found: list[tuple[Text | Visual, ...]] = []
   start = 0
   for number, part in enumerate(document.parts, 1):
     if getattr(part, "branch", 0):
@@ -208,8 +208,8 @@ def turns(document: Document) -> list[tuple[Text | Image, ...]]:
   return found
 
 
-def shuffle(shots: list[tuple[Text | Image, ...]], rng: np.random.Generator
-            ) -> list[tuple[Text | Image, ...]]:
+def shuffle(shots: list[tuple[Text | Visual, ...]], rng: np.random.Generator
+            ) -> list[tuple[Text | Visual, ...]]:
   """The shots with their last texts permuted at random."""
   answers = [shots[index][-1] for index in rng.permutation(len(shots))]
   return [(*shot[:-1], dataclasses.replace(shot[-1], text=answer.text))
