@@ -60,9 +60,9 @@ def pieces() -> ConfigDict:
 
   config.data.tokenizer = weights + "SmolLM2-135M-Instruct.Q4_1.tokenizer.json"
   config.data.template = "plain"  # every mark of it is a token that SmolLM2 knows
-  config.data.rows = 1
+  config.data.rows = 2
   config.data.tokens = 512
-  config.data.images = 40  # two cycles of captions
+  config.data.images = 50
   config.data.sources.shapes = base.source(
     name="easy_vqa", form="caption", ratio=12, augment=AUGMENT)
   config.data.sources.names = base.source(
@@ -74,12 +74,7 @@ def pieces() -> ConfigDict:
 
 
 def ask(config: ConfigDict) -> None:
-  """Adds questions about the pictures, and what a recipe of these pieces is measured by.
-
-  A step is one cycle, for updates are what a short training has too few of: 24 pictures and some
-  500 tokens, now and then a hundred more.
-  """
-  config.data.update(tokens=640, images=24)
+  """Adds questions about the pictures, and what a recipe of these pieces is measured by."""
   config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
   config.data.sources.openmoji = base.source(
     name="openmoji", form="fan_out", ratio=3, weight=3.0, augment=AUGMENT)
