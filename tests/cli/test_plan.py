@@ -66,7 +66,8 @@ def test_videos_are_told(tmp_path):
   assert made["batch"]["media/images/time"] == ["int32", [config.data.rows, config.data.images]]
   assert made["modules"]["connector/time"]["parameters"] == 5 * config.connector.width
   assert "an image or a video of up to 5 frames takes 4 slots" in plan.render(made)
-  config.fusion.name = "concat"  # which has no videos, whatever is asked for
+  config = recipes.load("configs/llava.py:debug")  # which has no videos, whatever is asked for
+  config.data.root, config.data.frames = str(tmp_path), 5
   assert not plan.make(config)["frames"]
 
 
