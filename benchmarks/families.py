@@ -77,7 +77,8 @@ def question(bundle: Bundle) -> Encoded:
   side = config.tower.image_size
   picture = bundle.processor(rng.integers(0, 256, (side, side, 3)).astype(np.uint8))
   ids = rng.integers(1, config.llm.vocab_size - 1, QUESTION).astype(np.int32)
-  return Encoded((picture, Tokens(ids, np.zeros(QUESTION, bool))), "text", "0")
+  return Encoded((picture, Tokens(ids, np.zeros(QUESTION, bool))),
+                 min(config.data.sources), "0")
 
 
 def asked(bundle: Bundle) -> tuple[decode.Prompts, int]:
