@@ -22,9 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.connector.update(name="perceiver", latents=4, depth=2, heads=8, head_dim=64,
                           activation="relu2")
   config.bridge.update(every=6, norm_eps=1e-5)
-  # A step moves a gate by the rate itself: at that of the rest, 330 steps would leave them shut.
+  # A step moves a gate by the rate itself: at that of the rest, these steps would leave them shut.
   config.optim.groups = (("bridge/.*_gate", 10.0),)
-  config.train.steps = 330
+  config.train.steps = sum(llava_smollm2.STEPS.values())
   llava_smollm2.ask(config)
   return shrink(config) if debug else config
 

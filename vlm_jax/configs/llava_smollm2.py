@@ -16,25 +16,24 @@ from ml_collections import ConfigDict
 from vlm_jax.configs import base
 from vlm_jax.llm import llama
 
-STAGES = ("connector", "lora")
+STEPS = {"connector": 40, "lora": 250}  # of the stages
 AUGMENT = ("flip", "translate")
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe; `arg` is words of the list above."""
-  stage, debug = base.choose(arg, STAGES, ("", "debug"))
+  stage, debug = base.choose(arg, tuple(STEPS), ("", "debug"))
   config = pieces()
   config.fusion.name = "concat"
   config.fusion.image_attention = "causal"
   config.connector.name = "pool"  # 4 x 4 patches to 4 slots
   config.connector.factor = 2
-  config.train.steps = 40
+  config.train.steps = STEPS[stage]
   config.fusion.stage = "projector"
   if stage == "lora":
     config.fusion.stage = "finetune"
     config.lora.update(rank=16, alpha=32.0, targets=("llm/layers/(attention|mlp)/.*",))
     config.optim.groups = (("llm", 0.3),)  # adapters at the connector's rate diverge
-    config.train.steps = 290
     ask(config)
   return shrink(config) if debug else config
 
@@ -60,13 +59,13 @@ def pieces() -> ConfigDict:
 
   config.data.tokenizer = weights + "SmolLM2-135M-Instruct.Q4_1.tokenizer.json"
   config.data.template = "plain"  # every mark of it is a token that SmolLM2 knows
-  config.data.rows = 2
-  config.data.tokens = 512
-  config.data.images = 50
+  config.data.rows = 1
+  config.data.tokens = 1024
+  config.data.images = 100  # captions: ten slots a picture
   config.data.sources.shapes = base.source(
-    name="easy_vqa", form="caption", ratio=12, augment=AUGMENT)
+    name="easy_vqa", form="caption", ratio=8, augment=AUGMENT)
   config.data.sources.names = base.source(
-    name="openmoji", form="caption", ratio=8, augment=AUGMENT)
+    name="openmoji", form="caption", ratio=7, augment=AUGMENT)
 
   config.optim.update(lr=1e-3, b2=0.98, weight_decay=0.0, warmup=10)
   config.train.update(log_every=10, checkpoint_every=1000, keep=1)
@@ -75,6 +74,7 @@ def pieces() -> ConfigDict:
 
 def ask(config: ConfigDict) -> None:
   """Adds questions about the pictures, and what a recipe of these pieces is measured by."""
+  config.data.images = 40  # two cycles of the ratios fill a row
   config.data.sources.easy_vqa = base.source(name="easy_vqa", form="fan_out", ratio=1, weight=2.0)
   config.data.sources.openmoji = base.source(
     name="openmoji", form="fan_out", ratio=3, weight=3.0, augment=AUGMENT)
