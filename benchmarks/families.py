@@ -6,10 +6,9 @@ evaluates them; then all three answer one question about a picture of noise, in 
 
     python benchmarks/families.py [--runs=runs/families] [--data=data/llava_smollm2] [--debug]
 
-A training that was cut off goes on where it was, and what is done is read; so is a run of
-launch/llava_smollm2.sh that is moved to RUNS/llava. `--debug` takes the recipes' sizes of that
-name, whose numbers mean nothing. No side is another's reference: what is compared is what a
-strategy costs and learns.
+A training that was cut off goes on where it was, and what is done is read. `--debug` takes the
+recipes' sizes of that name, whose numbers mean nothing. No side is another's reference: what is
+compared is what a strategy costs and learns.
 
 The last line is JSON; for each family, under its name:
   image_tokens      slots that a picture takes in the text
@@ -17,11 +16,13 @@ The last line is JSON; for each family, under its name:
   trainable         parameters that train in the last stage
   steps             of all stages together
   train_seconds     of all stages, without compilation and evaluation
-  step_seconds      of the last stage, mean without the rows of the log before the tenth step
+  step_seconds      of the last stage, mean of the log's rows behind step 10
   flops             of a step of the last stage, both ways, see `vlm-jax plan`
   cache_bytes       keys and values kept while the question is answered, picture and answer included
   tokens_per_s      new tokens a second of the timed answers, null when contended
-  easy_vqa, openmoji   {"accuracy", "low", "high" (95%), "none": accuracy without the picture}
+  easy_vqa, openmoji                 accuracy
+  easy_vqa_low, easy_vqa_high, ...   its 95% interval
+  easy_vqa_none, openmoji_none       accuracy without the picture
 and seconds, best, matmul, others, contended (see protocol.py, of a whole answer) and machine.
 """
 
@@ -40,6 +41,7 @@ from vlm_jax.bundle import Bundle
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import plan
 from vlm_jax.cli.config import override
+from vlm_jax.configs.llava_smollm2 import STEPS
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.evals import run as evals
@@ -48,7 +50,7 @@ from vlm_jax.report import page
 from vlm_jax.report import run as reports
 from vlm_jax.train.loop import train
 
-STAGES = {"llava": ("connector", "lora"), "flamingo": ("",), "blip2": ("connector", "lora")}
+STAGES = {"llava": tuple(STEPS), "flamingo": ("",), "blip2": tuple(STEPS)}
 NEW = 64  # tokens
 QUESTION = 16  # tokens
 ASKED = ("easy_vqa", "openmoji")
@@ -101,7 +103,7 @@ def row(workdirs: list[Path], bundle: Bundle, cache_bytes: int) -> dict[str, Any
   found = plan.make(config)
   steps = [entry["step_seconds"] for entry in last.timing
            if "step_seconds" in entry and entry["step"] > 10]
-  newest = page.newest(last)
+  scores = {name: page.newest(last)[name][1] for name in ASKED}
   return {
     "image_tokens": int(prompts.layouts([question(bundle)], config)[0].sizes[
       find_fusion(config).STREAM]) - QUESTION,
@@ -112,8 +114,9 @@ def row(workdirs: list[Path], bundle: Bundle, cache_bytes: int) -> dict[str, Any
     "step_seconds": float(np.mean(steps)) if steps else None,
     "flops": found["flops"]["total"],
     "cache_bytes": cache_bytes,
-    **{name: {key: newest[name][1][key] for key in ("accuracy", "low", "high")}
-       | {"none": newest[name][1]["controls"]["none"]["accuracy"]} for name in ASKED},
+    **{name: found["accuracy"] for name, found in scores.items()},
+    **{f"{name}_{key}": found[key] for name, found in scores.items() for key in ("low", "high")},
+    **{f"{name}_none": found["controls"]["none"]["accuracy"] for name, found in scores.items()},
   }
 
 
@@ -135,16 +138,9 @@ def main() -> None:
   timing = protocol.measure(sides)
   for family, entry in result.items():
     entry["tokens_per_s"] = None if timing["contended"] else NEW / timing["best"][family]
-  columns = ("image_tokens", "image_rows", "trainable", "step_seconds", "flops", "tokens_per_s",
-             "cache_bytes")
-  scores = lambda entry: [entry[name][key] for name in ASKED
-                          for key in ("accuracy", "low", "high", "none")]
-  protocol.report(
-    ["family", *columns, *(f"{name} {key}" for name in ASKED
-                           for key in ("accuracy", "low", "high", "none"))],
-    [[family, *(entry[column] for column in columns), *scores(entry)]
-     for family, entry in result.items()],
-    {**result, **timing})
+  protocol.report(["", *result],
+                  [[name, *(entry[name] for entry in result.values())] for name in result["llava"]],
+                  {**result, **timing})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix="vlm_jax-", ignore_cleanup_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-  # What takes less is hardly slower to compile than to read.
+  # Reading a program takes some time as well; this is a guess of where compiling it takes longer.
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
@@ -53,12 +53,19 @@ def release(most: int) -> None:
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick():
-  """Tiny models: compiling is all the time there is."""
-  jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture
+def optimized():
+  """For tests that train long enough to be faster with optimized programs."""
+  before = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+  optimize(True)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  optimize(before == "0")
+
+
+def optimize(on: bool) -> None:
+  """Whether XLA optimizes what this process, and those it starts, compile from here on."""
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if on else "1"
+  jax.config.update("jax_disable_most_optimizations", not on)
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +86,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+  # Tiny models: without --full compiling is all the time there is, so XLA shall do little of it.
+  optimize(config.getoption("--full"))
   config.pluginmanager.register(Skips(read_allowed(ALLOWED.read_text())), "skips")
 
 

@@ -33,7 +33,6 @@ from vlm_jax.generate.sampling import Sampling
 from vlm_jax.train import checkpoint_tools
 
 TOLERANCE = 2e-5  # of logits and log-probabilities, whose measured errors are below 4e-7
-pytestmark = pytest.mark.usefixtures("quick")
 RECIPE = """from tests.generate.helpers import tiny
 from vlm_jax.configs import base
 

@@ -61,7 +61,7 @@ def write_llava(folder):
 
 
 @pytest.fixture(scope="module")
-def place(quick, tmp_path_factory):
+def place(tmp_path_factory):
   """A folder with a published checkpoint and somebody's conversations, where one stands."""
   folder, before = tmp_path_factory.mktemp("finetune"), os.getcwd()
   os.chdir(folder)

@@ -116,7 +116,7 @@ def test_a_row_that_is_in_the_file_is_not_trained_again(tmp_path, monkeypatch, c
   assert '"outside": ["mean accuracy"]' in capsys.readouterr().out
 
 
-def test_every_cell_a_token_is_read_and_no_picture_is_chance(root, capsys):
+def test_every_cell_a_token_is_read_and_no_picture_is_chance(root, capsys, optimized):
   missed = benchmark.main([f"--steps={STEPS}", f"--data={root}"])
   printed = capsys.readouterr().out
   print(printed)
@@ -139,8 +139,7 @@ def test_all_that_bands_name_is_measured(root, arg, tmp_path):
     assert 0 <= low <= value <= high <= 1 and number["band"] == BANDS[arg].get(name)
 
 
-def test_the_first_stage_is_asked_for_captions(root, quick):
-  """The last of the file: what is quick to compile trains slowly."""
+def test_the_first_stage_is_asked_for_captions(root):
   bundle = vlm_jax.load("configs/gridqa.py:blip2,debug", root=root)
   found = evals.evaluate(bundle.config, bundle.params, None, names=["say"])["say"]
   assert found["kind"] == "vqa" and found["questions"] == 8 == found["controls"]["shuffled"][

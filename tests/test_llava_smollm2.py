@@ -27,8 +27,6 @@ from vlm_jax.train import checkpoint_tools
 from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RECIPE = "configs/llava_smollm2.py"
 
 

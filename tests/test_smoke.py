@@ -22,8 +22,8 @@ def test_everything_imports():
 
 @pytest.mark.parametrize("recipe", ["simvlm", "quickstart", "llava"])
 def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys, request):
-  if recipe != "simvlm":  # which trains long enough to learn; `quick` lasts until the file's end
-    request.getfixturevalue("quick")
+  if recipe == "simvlm":  # which trains long enough to learn
+    request.getfixturevalue("optimized")
   workdir = tmp_path / "run"
   train = ["train", f"--config=configs/{recipe}.py:debug", f"--workdir={workdir}",
            f"--config.data.root={root}"]
@@ -47,7 +47,7 @@ def test_train_resume_evaluate_generate(recipe, root, tmp_path, capsys, request)
   assert isinstance(answer["text"], str)
 
 
-def test_contrastive(root, tmp_path, capsys, quick):
+def test_contrastive(root, tmp_path, capsys):
   """Pairs of pictures and texts: trained in two micro-batches, evaluated; nothing can be said."""
   workdir = tmp_path / "run"
   train = ["train", "--config=configs/contrastive.py:siglip,debug", f"--workdir={workdir}",

@@ -19,7 +19,7 @@ TOKENS = 4
 
 
 @pytest.fixture(scope="module")
-def bundle(quick, tmp_path_factory):
+def bundle(tmp_path_factory):
   folder = tmp_path_factory.mktemp("chat")
   words = tokenizer.train(["what is it? a picture of a thing, and of no other thing"] * 3, 270)
   words.save(str(folder / "tokenizer.json"))

@@ -23,14 +23,13 @@ from ml_collections import FrozenConfigDict
 from transformers.models.idefics import perceiver as theirs_idefics
 from transformers.models.idefics2 import modeling_idefics2 as theirs_idefics2
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.connectors import perceiver
 from vlm_jax.convert import table
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 TOLERANCE = 2e-4
 OUTPUTS = 1e-5  # measured: at most 6e-7, of gradients 2e-6; more where theirs is 1 + erf near 0
@@ -152,10 +151,6 @@ def case(kind: str):
   model, run = run_ours(fields)
   params, rows = read(host(module.state_dict()), model, keys)
   return x[:, None], out.detach().numpy(), inputs.grad.numpy(), grads, params, rows, weights, run
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from flax.core import meta
 from ml_collections import FrozenConfigDict
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.connectors import qformer
 from vlm_jax.convert import table
@@ -29,7 +30,6 @@ from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.train import initial
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE = 2e-4  # of gradients
 CLOSE = 2e-5  # of outputs
 LOUD = 100
@@ -237,10 +237,6 @@ class Tensors(dict):
   @property
   def shapes(self):
     return {key: value.shape for key, value in self.items()}
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", ["blip2", "instructblip"])

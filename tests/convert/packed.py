@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.numbers import error
 from vlm_jax.core.batch import from_flat
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data.pack import Packer
@@ -36,8 +37,3 @@ class Packed:
     """max|a - b| / max|b| over the documents."""
     return max(error(np.asarray(logits)[row, start : start + size], theirs)
                for (row, start, size), theirs in zip(where, self.logits, strict=True))
-
-
-def error(ours, theirs) -> float:
-  """max|a - b| / max|b| of one tensor."""
-  return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from tests.convert.packed import error
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import systems, table
 from vlm_jax.core.batch import from_flat
@@ -32,7 +32,6 @@ from vlm_jax.fusion import blip2
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE = 2e-4  # of gradients
 CLOSE = 2e-5  # of logits and loss
 LOUD = 100

@@ -16,14 +16,13 @@ import transformers
 from ml_collections import ConfigDict
 
 from tests.convert import test_blip2_parity as second
-from tests.convert.packed import error
+from tests.numbers import error
 from vlm_jax.convert import systems, table
 from vlm_jax.core.batch import Batch, Media, Texts
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.tree import flatten
 from vlm_jax.ops.contrastive import cosines
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE, CLOSE, LOUD = 2e-4, 2e-5, 100
 PAIRS, LENGTH = 4, 6
 

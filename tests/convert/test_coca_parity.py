@@ -17,6 +17,7 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.loss import CoCaLoss
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import coca, systems
 from vlm_jax.core import fusion
@@ -26,7 +27,6 @@ from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten
 from vlm_jax.data.pack import Packer
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE = 2e-4  # of gradients
 CLOSE = 2e-5  # of embeddings, logits and losses
 VOCAB, LENGTH, SIDE, PAIRS = 61, 9, 12, 4
@@ -177,10 +177,6 @@ def ours(one: Reference, config=None, params=None, change=lambda flat: flat, gra
             for (row, start, _), length in zip(where, one.lengths, strict=True)]
   return {"image": np.asarray(embeddings.image)[at], "text": np.asarray(embeddings.text)[at],
           **jax.tree.map(np.asarray, means)}, logits, grads
-
-
-def error(got, expected) -> float:
-  return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

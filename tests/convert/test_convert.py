@@ -28,8 +28,6 @@ from vlm_jax.train import initial
 from vlm_jax.train import state as states
 from vlm_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 transformers.utils.logging.disable_progress_bar()
 PROMPT, EOS = "what is this?", 2
 RECIPE = """from tests.convert import tiny_llava

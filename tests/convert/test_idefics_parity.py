@@ -22,7 +22,8 @@ import torch
 import transformers
 from ml_collections import FrozenConfigDict
 
-from tests.convert.packed import Packed, error
+from tests.convert.packed import Packed
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import idefics, systems, table
 from vlm_jax.core.document import Encoded, Pixels, Tokens
@@ -30,8 +31,6 @@ from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_fusion
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 TOLERANCE = 2e-4  # of gradients; measured: at most 7e-6
 LOGITS = 2e-5  # measured: at most 1e-6

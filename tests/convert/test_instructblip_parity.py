@@ -32,7 +32,6 @@ from tests.convert.test_blip2_parity import (
 from vlm_jax.core.document import Encoded
 from vlm_jax.core.layout import TOLD
 
-pytestmark = pytest.mark.usefixtures("quick")
 KINDS, READS, LENGTHS = ("llama", "t5"), 47, (6, 3)
 
 

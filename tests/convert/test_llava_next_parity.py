@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 
-from tests.convert.packed import Packed, error
+from tests.convert.packed import Packed
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import llava, safetensors_io, systems, table
 from vlm_jax.core.document import Encoded, Pixels, Tokens

@@ -21,7 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.convert.packed import error
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import llava, processor, safetensors_io, systems, table
 from vlm_jax.core import fusion

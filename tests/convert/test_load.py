@@ -14,8 +14,6 @@ from vlm_jax.core.document import Document, Image, Text
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 2e-4
 LOGITS = 2e-5  # of logits and embeddings, whose measured errors are below 2e-6
 

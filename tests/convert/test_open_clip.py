@@ -14,6 +14,7 @@ import torch
 from ml_collections import FrozenConfigDict
 from safetensors.torch import save_file
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import open_clip, sources, systems, table
 from vlm_jax.core import fusion
@@ -115,10 +116,6 @@ def recipe():
   config.data.sources.only = base.source(name="only")
   config.attention.implementation = "dense"
   return config
-
-
-def error(got, expected) -> float:
-  return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -23,7 +23,8 @@ import torch
 import transformers
 from ml_collections import FrozenConfigDict
 
-from tests.convert.packed import Packed, error
+from tests.convert.packed import Packed
+from tests.numbers import error
 from vlm_jax import recipes
 from vlm_jax.configs import base
 from vlm_jax.convert import paligemma, safetensors_io, systems, table

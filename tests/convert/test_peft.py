@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tests.convert import test_systems, tiny_llava
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import adapters, parity, systems
 from vlm_jax.core.adapters import is_adapter
@@ -66,10 +67,6 @@ def draw(model):
 def load_base(folder):
   return transformers.LlavaForConditionalGeneration.from_pretrained(
     folder / "base", attn_implementation="eager").eval()
-
-
-def error(ours, theirs):
-  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def test_logits_in_peft_are_ours(made):

@@ -26,8 +26,6 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.data import pipeline, template
 from vlm_jax.evals import embed
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 LENGTH, PATCH, SIDE = 16, 5, 15
 SIZES = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3)
 VISION = SIZES | dict(patch_size=PATCH, image_size=SIDE)

@@ -32,8 +32,6 @@ from vlm_jax.configs import base
 from vlm_jax.convert import safetensors_io, systems, table
 from vlm_jax.core.errors import USAGE, UsageError
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB = 61
 # Words of a published tokenizer by id, where a system has its own, and the roles that it tells.
 ENDS = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<x1>", 4: "<x2>", 60: "<image>"}

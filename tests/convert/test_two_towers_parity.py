@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import safetensors_io, systems, two_towers
 from vlm_jax.core import fusion
@@ -173,10 +174,6 @@ def ours(config, params, pixels, ids, gradients=False):
   return jax.tree.map(np.asarray, run(jax.tree.map(jnp.asarray, params), our_batch(pixels, ids)))
 
 
-def error(got, expected) -> float:
-  return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity(kind, reference):
   one = reference(kind)
@@ -281,5 +278,3 @@ def test_sparse_configs_of_the_hub_mean_the_defaults_there():
     assert read.to_json() == same.to_json()
     count = lambda config: sum(int(np.prod(s)) for s in systems.shapes(config).values())
     assert count(read) == dict(clip=151_277_313, siglip=203_155_970)[kind]
-
-

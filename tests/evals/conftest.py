@@ -17,11 +17,6 @@ def one_shape(monkeypatch):
   monkeypatch.setattr(likelihood, "FINE", likelihood.BUCKET)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(quick):
-  """As quickly as can be: tiny models are all there is."""
-
-
 @pytest.fixture(scope="session")
 def setup(tmp_path_factory):
   root = str(tmp_path_factory.mktemp("data"))

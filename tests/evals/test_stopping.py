@@ -10,7 +10,6 @@ from vlm_jax.evals import embed, likelihood, pairs, run
 from vlm_jax.evals.kinds import few_shot
 from vlm_jax.generate import answer
 
-pytestmark = pytest.mark.usefixtures("quick")
 ENTRY = dict(source="pictures", split="test", batch=3, controls=())
 # Evaluation, and the program that computes one of its batches.
 SPEAKS = {

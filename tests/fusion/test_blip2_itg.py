@@ -17,7 +17,6 @@ from vlm_jax.fusion import blip2_itg, blip2_qformer
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import Prompts, layouts, stack
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE, LOUD = 2e-6, 100
 ROWS, NEW = 4, c.LENGTH - 1
 

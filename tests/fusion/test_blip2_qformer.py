@@ -22,7 +22,6 @@ from vlm_jax.fusion import blip2_qformer as stage1
 from vlm_jax.ops.contrastive import NONE
 from vlm_jax.train.step import make_step
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOLERANCE, LOUD = 2e-6, 100
 
 

@@ -13,8 +13,6 @@ from vlm_jax.core.fusion import find_fusion, find_llm
 from vlm_jax.core.layout import mask_axes
 from vlm_jax.core.mask import NEVER
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE, LOUD = 2e-6, 100
 
 

@@ -32,7 +32,6 @@ from vlm_jax.fusion import coca
 from vlm_jax.generate.decode import generate
 from vlm_jax.generate.prompts import layouts, stack
 
-pytestmark = pytest.mark.usefixtures("quick")
 COMPATS = pytest.mark.parametrize("compat", ["", "open_clip"])
 
 

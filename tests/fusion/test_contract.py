@@ -23,8 +23,6 @@ from vlm_jax.core.layout import IGNORE, streams_of
 from vlm_jax.core.mask import IntervalMask, draw
 from vlm_jax.core.tree import flatten
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 2e-6  # of the largest logit
 LOUD = 100
 GRAD_TOLERANCE = 2e-5

@@ -33,8 +33,6 @@ from vlm_jax.train import state as states
 from vlm_jax.train.optimizer import make_optimizer
 from vlm_jax.train.step import Numbers, make_step, place
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 2e-6
 LOUD = 100
 names = pytest.mark.parametrize("name", c.NAMES)

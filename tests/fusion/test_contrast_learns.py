@@ -90,7 +90,7 @@ def found(config, params) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", c.PLAIN)
-def test_texts_find_their_pictures(name):
+def test_texts_find_their_pictures(name, optimized):
   config, chance = get_config(name), 1 / len(HELD_OUT)
   train = trainer(config)
   hits = found(config, train(batches(config, shuffled=False)))

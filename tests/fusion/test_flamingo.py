@@ -21,8 +21,6 @@ from vlm_jax.data import inspect
 from vlm_jax.fusion import flamingo
 from vlm_jax.nn import stack
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 # "Look at <image1>. Now see <image2>. What changed?", and the image that every token reads.
 WORKED = "Look at <image> . Now see <image> . What changed ?".split()
 READS = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]

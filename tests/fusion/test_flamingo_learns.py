@@ -92,7 +92,7 @@ def programs():
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["last image", "all images"])
-def test_which_image_a_chunk_follows(everything, quick):
+def test_which_image_a_chunk_follows(everything):
   config, model, optimizer, step, accuracy = programs()
   rng = np.random.default_rng(0)
   first = from_flat(flat_batch(config, rng, everything))
@@ -140,7 +140,7 @@ def train_on_grids(config, steps: int) -> list[dict[str, np.ndarray]]:
   return found
 
 
-def test_gates_leave_zero_and_what_is_frozen_stays(quick):
+def test_gates_leave_zero_and_what_is_frozen_stays():
   config = t.get_config("flamingo", "last", True)
   config.fusion.stage = "bridge"
   config.tower.update(image_size=16, depth=1)

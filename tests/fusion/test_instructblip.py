@@ -19,8 +19,6 @@ from vlm_jax.generate import program
 from vlm_jax.train import state as states
 from vlm_jax.train.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def test_docstring_picture_is_the_q_formers_mask():
   labels, drawn = next(one for one in pictures(instructblip.__doc__) if "q" in one[0])

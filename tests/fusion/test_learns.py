@@ -135,7 +135,7 @@ def trainer(config, fan_out: bool):
   ("paligemma", True, colors_of_cells, others),
   ("llava_next", True, in_tiles, whole_only),
 ])
-def test_learns_to_look(name, fan_out, shows, control):
+def test_learns_to_look(name, fan_out, shows, control, optimized):
   config = grid_config(name, fan_out)
   train = trainer(config, fan_out)
   params = train(shows)

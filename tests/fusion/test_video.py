@@ -15,8 +15,6 @@ from vlm_jax.core.fusion import find_fusion, names
 from vlm_jax.core.layout import TIME
 from vlm_jax.generate import prompts
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE, LOUD = 2e-6, 100  # of the largest logit; a twin is so many times off
 VALUES = "media/images/values"
 

@@ -13,8 +13,6 @@ from vlm_jax.data import tokenizer
 from vlm_jax.generate.answer import Speaker, interleave
 from vlm_jax.generate.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):

@@ -29,8 +29,6 @@ from vlm_jax.generate import decode
 from vlm_jax.generate.prompts import layouts, stack
 from vlm_jax.generate.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 2e-6
 NEW = 5
 PROMPTS = (

@@ -14,8 +14,6 @@ from vlm_jax.core.layout import heard
 from vlm_jax.generate import decode, dialogue
 from vlm_jax.generate.prompts import layouts, slots, stack
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 1e-5  # of log p; measured: at most 2e-6
 # Few shapes, each of which is a program: 9 slots and then 4 or 8 new ones.
 NEW, BUCKET, ROOM, K = 4, 8, 64, 4

@@ -16,8 +16,6 @@ from vlm_jax.generate import maps
 from vlm_jax.generate.prompts import layouts, stack
 from vlm_jax.nn.attention_maps import record
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 ANSWER = [9, 20, 33]
 
 

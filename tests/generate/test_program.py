@@ -24,8 +24,6 @@ from vlm_jax.generate import program
 from vlm_jax.generate.answer import ask
 from vlm_jax.train import checkpoint_tools, state
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 QUESTION, NEW, TOLERANCE = "what is it?", 5, 2e-5
 SPEAKING = ("prefix_lm", "simvlm")
 COMPARING = ("clip", "blip2_qformer")

@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 from transformers import T5Config
 from transformers.models.t5 import modeling_t5
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.core.errors import UsageError
 from vlm_jax.core.fusion import find_llm
@@ -47,10 +48,6 @@ def noise(shapes, seed=0, scale=0.3):
 def intervals(hi, rows=ROWS):
   hi = jnp.broadcast_to(jnp.asarray(hi, jnp.int32), (rows, len(hi)))
   return IntervalMask(jnp.zeros_like(hi), hi)
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 def block_pair(decoder: bool):

@@ -7,6 +7,7 @@ import scipy.ndimage
 import torch
 from torch.nn.functional import interpolate
 
+from tests.numbers import error
 from vlm_jax.core.errors import UsageError
 from vlm_jax.ops.resize import RESIZES, resize_grid
 
@@ -32,10 +33,6 @@ def theirs(cells, new, how):
   else:
     out = interpolate(maps, new, mode=mode, align_corners=False, antialias=kind == "antialias")
   return out[0].permute(1, 2, 0).numpy()
-
-
-def error(ours, expected) -> float:
-  return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("how", RESIZES)

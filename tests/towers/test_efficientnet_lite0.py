@@ -11,6 +11,7 @@ import torch
 from flax.core import meta
 from ml_collections import FrozenConfigDict
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import table
 from vlm_jax.core.errors import UsageError
@@ -18,8 +19,6 @@ from vlm_jax.core.fusion import FROZEN
 from vlm_jax.core.precision import Precision
 from vlm_jax.core.tree import flatten
 from vlm_jax.towers import efficientnet_lite0
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 TOLERANCE, LOUD = 2e-4, 100  # measured: features 1e-6, gradients 2e-6 at most
 SIDE = 40  # 20, 10, 5, 3, 2: strides meet odd and even sides
@@ -95,10 +94,6 @@ def imported(padding):
   source["_fc.weight"] = np.zeros((1000, 1280), np.float32)
   ignored = lambda key: key.endswith("num_batches_tracked") or key.startswith("_fc")
   return table.load(source, rows, unread=ignored), rows, source
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import transformers
 from flax.core import meta
 from ml_collections import FrozenConfigDict
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import nodes, safetensors_io, table
 from vlm_jax.core import fusion
@@ -119,10 +120,6 @@ def apply(config):
 
 def run(config, params, side):
   return apply(FrozenConfigDict(config))(params, images(side))
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 class Reference:

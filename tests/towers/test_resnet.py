@@ -10,6 +10,7 @@ import torch
 from flax.core import meta
 from ml_collections import FrozenConfigDict
 
+from tests.numbers import error
 from vlm_jax.configs import base
 from vlm_jax.convert import table
 from vlm_jax.core.errors import UsageError
@@ -81,10 +82,6 @@ def images(count, seed=0):
 def pixels(values) -> torch.Tensor:
   x = (values[0].astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
   return torch.tensor(x.transpose(0, 3, 1, 2))
-
-
-def error(got, expected) -> float:
-  return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("norm", ["frozen", "group"])

@@ -23,8 +23,6 @@ from vlm_jax.train.checkpoint import load_params
 from vlm_jax.train.loop import train
 from vlm_jax.train.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TOLERANCE = 2e-6  # of logits; measured 4e-7
 QUERIES = "llm/.*/attention/(query|value)"
 

@@ -14,7 +14,6 @@ from vlm_jax.ops.gather import invert, take_rows
 from vlm_jax.ops.vocabulary import Form, log_likelihoods, placement
 
 CHUNK = (2048, 2048)  # slots and columns of the head whose logits a device holds at a time
-
 PIECES, LEAST = 8, 128  # of a row; slots of all rows in a piece, at least
 
 
@@ -51,8 +50,8 @@ def token_losses(
     soft_cap: logits are soft_cap * tanh(logits / soft_cap); None: as they are.
     smoothing: s of label smoothing: the target has 1 - s + s / V of the distribution that p is
       held against, every other token s / V.
-    chunk: slots (of all rows together) and columns of the head whose f32 logits are held at a time;
-      the backward pass computes them again.
+    chunk: slots (of all rows together) and columns of the head whose f32 logits are held at a time,
+      at most; the backward pass computes them again.
 
   Raises:
     ValueError: shapes that do not fit, a soft cap that is not positive, smoothing outside [0, 1).
