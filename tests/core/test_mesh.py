@@ -60,7 +60,8 @@ mesh = make_mesh(config)
 rows = jax.device_put(np.arange(32).reshape(8, 4), row_sharding(mesh))
 print(dict(mesh.shape), {shard.data.shape for shard in rows.addressable_shards})
 """
-  env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  env = {**os.environ, "XLA_FLAGS": (os.environ.get("XLA_FLAGS", "")
+                                     + " --xla_force_host_platform_device_count=8")}
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
                         timeout=300, check=True)
   assert done.stdout.strip() == "{'data': 2, 'fsdp': 2, 'tensor': 2} {(2, 4)}"
