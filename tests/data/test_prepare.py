@@ -45,6 +45,7 @@ def run(code):
         except BaseException as error:
           print(type(error).__name__, error, flush=True)
           os._exit(1)
+        sys.stdout.flush()
         os._exit(0)
       return pid
     die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
