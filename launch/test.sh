@@ -21,8 +21,8 @@ say "lint"
 say "tests"
 # A process a core: compiling, most of the time, uses one. Files stay whole, they share programs.
 # One that crashes ends the run: restarted, it is waited for without end.
-# XLA's older emitters compile for CPUs in a third of the time. The pinned version knows them; no
-# other has to, and --full takes those that users get.
+# XLA's older emitters compile for CPUs much sooner. The pinned version knows them; no other has to,
+# and --full takes those that users get.
 case " $* " in
   *" --full "*) flags=${XLA_FLAGS:-} ;;
   *) flags="--xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}" ;;

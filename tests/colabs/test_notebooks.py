@@ -18,7 +18,6 @@ SHORT = {
   "02_your_data": {"STEPS": "3"},
   "03_real_weights": {"STEPS": "3"},
 }
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a few steps: compiling is all the time there is
 # A process of its own, in which transformers may import torchvision.
 RUN = """
 import runpy
@@ -52,7 +51,7 @@ def test_runs(name, root, tmp_path):
   (tmp_path / "notebook.py").write_text(text)
   if name == "01_quickstart":
     (tmp_path / "data").symlink_to(root)
-  environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICK
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, text=True, check=False,
                         capture_output=True, env=environment)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -34,7 +34,6 @@ from vlm_jax.generate.prompts import layouts, stack
 
 TOLERANCE = 2e-4  # of gradients; measured: at most 7e-6
 LOGITS = 2e-5  # measured: at most 1e-6
-FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB, NEW, SIDE, MAX_NEW = 58, 3, 8, 6
 IMAGE = VOCAB + NEW - 1  # the last of the new tokens
 transformers.utils.logging.disable_progress_bar()
@@ -150,7 +149,7 @@ def test_logits_and_gradients(reference):
   batch, where = reference.batch()
   model = module.Model(config)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def step(params, batch):
     def loss(params):
       output = model.apply({"params": params}, batch)
@@ -209,8 +208,7 @@ def test_export_loads_there_and_here(reference, tmp_path):
 def _forward(config):
   """The jitted forward pass."""
   model = find_fusion(config).Model(config)
-  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits(),
-                 compiler_options=FAST)
+  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits())
 
 
 TWINS = ("placement", "all images", "mask", "resampler", "class token", "gate", "norm", "new rows")

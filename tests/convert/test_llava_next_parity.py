@@ -5,7 +5,6 @@ into two rows.
 """
 
 import dataclasses
-import functools
 import json
 import os
 
@@ -32,7 +31,6 @@ from vlm_jax.generate.prompts import layouts, stack
 
 TOLERANCE = 2e-4  # of gradients; measured: at most 4e-6
 LOGITS = 2e-5  # measured: at most 3e-6
-FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB, SIDE, PATCH, NEW = 61, 8, 2, 6
 IMAGE = VOCAB - 1  # their placeholder
 PINPOINTS = [[8, 16], [16, 8], [16, 16], [24, 8]]
@@ -135,7 +133,7 @@ def step(reference):
   """Jitted (params, batch) to ((loss, logits), gradients)."""
   config, module = reference.config, find_fusion(reference.config)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def run(params, batch):
     def loss(params):
       output = module.Model(config).apply({"params": params}, batch)

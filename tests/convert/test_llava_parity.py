@@ -35,7 +35,6 @@ from vlm_jax.ops import rope
 
 TOLERANCE = 2e-4  # of gradients
 LOGITS = 2e-5  # of logits, whose measured error is at most 5e-6
-FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB = 61
 SHARP = re.compile(r"language_model.*(q_proj|k_proj)|position_emb|fc[12].weight|linear_2.weight")
 IMAGE = VOCAB - 1  # their placeholder
@@ -186,7 +185,7 @@ def test_logits_and_gradients(reference):
   config, module, batch = reference.config, fusion.find_fusion(reference.config), reference.batch
   model = module.Model(config)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def step(params, batch):
     def loss(params):
       output = model.apply({"params": params}, batch)
@@ -258,8 +257,7 @@ def one(tmp_path_factory):
 def _forward(config, name):
   """Jitted forward pass; `name` tells patched code from the real one."""
   model = fusion.find_fusion(config).Model(config)
-  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits(),
-                 compiler_options=FAST)
+  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits())
 
 
 # What each mistake must move, in tolerances of logits. The two kinds of gelu that differ least are

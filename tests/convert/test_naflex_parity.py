@@ -79,8 +79,7 @@ def ours(config, params, batch):
     loss = sum(value.sum() for value in module.losses(out, batch, config).values())
     return loss / len(SHAPES), {"image": out.image[0], "text": out.text[0]}
 
-  run = jax.jit(jax.value_and_grad(run, has_aux=True),
-                compiler_options={"xla_backend_optimization_level": 0})
+  run = jax.jit(jax.value_and_grad(run, has_aux=True))
   return run(jax.tree.map(jnp.asarray, params))
 
 

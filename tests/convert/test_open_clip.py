@@ -23,7 +23,6 @@ from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.core.tree import flatten, unflatten
 
 TOLERANCE, CLOSE, LOUD = 2e-4, 2e-5, 100
-FAST = {"xla_backend_optimization_level": 0}
 VOCAB, LENGTH, PAIRS, EOS = 61, 9, 4, 40
 KINDS = {
   "quick": dict(embed_dim=10, quick_gelu=True,
@@ -108,7 +107,7 @@ def compiled(config, gradients):
     logits = out.scale * image @ text.T
     return (logits * cotangent).sum(), {"image": image, "text": text, "logits": logits}
 
-  return jax.jit(jax.grad(run, has_aux=True) if gradients else run, compiler_options=FAST)
+  return jax.jit(jax.grad(run, has_aux=True) if gradients else run)
 
 
 def recipe():

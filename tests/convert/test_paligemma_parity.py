@@ -37,7 +37,6 @@ from vlm_jax.train import state as states
 
 TOLERANCE = 2e-4  # of gradients; measured: at most 1e-5
 LOGITS = 2e-5  # measured: at most 4e-6
-FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 VOCAB, NEW, WINDOW = 61, 7, 10
 IMAGE = VOCAB - 1  # their placeholder
 BOS, LINE, EOS = 2, 3, 1
@@ -160,7 +159,7 @@ def test_logits_and_gradients(reference):
   batch, where = reference.batch()
   model = module.Model(config)
 
-  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.jit
   def step(params, batch):
     def loss(params):
       output = model.apply({"params": params}, batch)
@@ -230,8 +229,7 @@ def test_export_loads_there_and_here(reference, tmp_path):
 def _forward(config):
   """The jitted forward pass."""
   model = find_fusion(config).Model(config)
-  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits(),
-                 compiler_options=FAST)
+  return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits())
 
 
 def test_without_token_types_theirs_is_causal(second):

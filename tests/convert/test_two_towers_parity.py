@@ -27,7 +27,6 @@ from vlm_jax.core.tree import flatten
 
 TOLERANCE = 2e-4  # of gradients
 CLOSE = 2e-5  # of embeddings, logits and loss
-FAST = {"xla_backend_optimization_level": 0}
 VOCAB, LENGTH, PAIRS = 61, 9, 6
 EOS = 40
 KINDS = ("clip", "clip_old", "siglip", "siglip2")
@@ -165,8 +164,7 @@ def compiled(config: ml_collections.FrozenConfigDict, gradients: bool):
     return loss, {"image": image, "text": text, "loss": loss,
                   "logits": output.scale * image @ text.T + bias}
 
-  return jax.jit(jax.value_and_grad(run, has_aux=True) if gradients else run,
-                 compiler_options=FAST)
+  return jax.jit(jax.value_and_grad(run, has_aux=True) if gradients else run)
 
 
 def ours(config, params, pixels, ids, gradients=False):

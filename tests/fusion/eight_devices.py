@@ -11,7 +11,6 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                            + " --xla_force_host_platform_device_count=8")
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is all the time there is
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax

@@ -49,7 +49,6 @@ if importlib.util.find_spec("tokamax"):  # optional, Python 3.12
   RUNNERS["tokamax"] = Runner(
     functools.partial(tokamax.attend, operator="xla"),
     lacks=frozenset({"bias", "k_bias", "lse", "classes", "k_index"}))
-FAST = {"xla_backend_optimization_level": 0}  # tiny rows: compiling is all the time there is
 HERE = ("xla", "dense")  # those that `attention` can choose on this platform
 
 POLICIES = ("causal", "prefix", "spans", "own_image", "window", "last_image_cross", "last_image",
@@ -174,7 +173,7 @@ def program(name: str, soft_cap: float | None, platform: str) -> Callable:
     grads, (out, lse) = jax.grad(total, has_aux=True, allow_int=True)(moved)
     return out, lse, grads
 
-  return jax.jit(both, compiler_options=FAST)
+  return jax.jit(both)
 
 
 def run(name: str, x: dict, mask: IntervalMask, soft_cap=None):

@@ -29,7 +29,6 @@ from vlm_jax.core.tree import flatten
 from vlm_jax.towers import vit
 
 TOLERANCE, LOUD = 2e-4, 100  # measured: at most 6e-6, of a gradient
-FAST = {"xla_backend_optimization_level": 0}  # tiny models: compiling is all the time there is
 PATCH, NATIVE, LARGER = 4, 12, 22  # 3 x 3 patches; 5 x 5, and two pixels that no patch reads
 transformers.utils.logging.disable_progress_bar()
 
@@ -114,8 +113,7 @@ def rows_of(config):
 def apply(config):
   """The jitted forward pass of a frozen config."""
   model = fusion.find_tower(config).Model(config.tower, config.attention, Precision())
-  return jax.jit(lambda params, values: model.apply({"params": params}, values),
-                 compiler_options=FAST)
+  return jax.jit(lambda params, values: model.apply({"params": params}, values))
 
 
 def run(config, params, side):
@@ -200,7 +198,7 @@ def test_features_and_gradients_at_another_size(reference, tmp_path):
     out = model.apply({"params": params}, images(LARGER))
     return (out.patches[0] * cotangents[0]).sum() + (out.pooled[0] * cotangents[1]).sum(), out
 
-  grads, got = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(reference.params)
+  grads, got = jax.jit(jax.grad(loss, has_aux=True))(reference.params)
   check_features(got, reference.out[LARGER])
   ours = {key: tensor.get() for key, tensor in table.export(grads, reference.rows).items()}
   total = (patches * torch.tensor(cotangents[0])).sum()
