@@ -4,10 +4,11 @@ Trains configs/llava_smollm2.py, configs/blip2_smollm2.py (each a connector, the
 adapters) and configs/flamingo_smollm2.py (one stage, of as many steps as the others' two) and
 evaluates them; then all three answer one question about a picture of noise, in turn.
 
-    python benchmarks/families.py [--runs=runs/families] [--data=data/llava_smollm2] [--debug]
+    python benchmarks/families.py [--runs=runs] [--debug]
 
-A training that was cut off goes on where it was, and what is done is read. `--debug` takes the
-recipes' sizes of that name, whose numbers mean nothing. No side is another's reference: what is
+A training that was cut off goes on where it was, and what is done is read: launch/llava_smollm2.sh
+trains LLaVA's where this looks for it. `--debug` takes the recipes' sizes of that name, whose
+numbers mean nothing. No side is another's reference: what is
 compared is what a strategy costs and learns.
 
 The last line is JSON; for each family, under its name:
@@ -40,7 +41,6 @@ from vlm_jax import recipes
 from vlm_jax.bundle import Bundle
 from vlm_jax.cli import main as cli
 from vlm_jax.cli import plan
-from vlm_jax.cli.config import override
 from vlm_jax.configs.llava_smollm2 import STEPS
 from vlm_jax.core.document import Encoded, Tokens
 from vlm_jax.core.fusion import find_fusion
@@ -62,12 +62,12 @@ def trained(family: str, args: argparse.Namespace) -> list[Path]:
   for stage in STAGES[family]:
     words = ",".join(filter(None, (stage, "debug" if args.debug else "")))
     recipe = f"configs/{family}_smollm2.py:{words}"
-    if code := cli.main(["data", "prepare", f"--config={recipe}", f"--root={args.data}"]):
+    if code := cli.main(["data", "prepare", f"--config={recipe}"]):
       raise SystemExit(code)
     config = recipes.load(recipe)
-    fields = {"data.root": args.data} | ({"connector.init": str(done[-1])} if done else {})
-    override(config, list(fields.items()))
-    workdir = Path(args.runs) / family / (stage or "bridge")
+    if done:
+      config.connector.init = str(done[-1])
+    workdir = Path(args.runs) / f"{family}_smollm2{'-debug' * args.debug}" / (stage or "bridge")
     train(config.lock(), workdir, evaluate=evals.in_loop(config, workdir))
     done.append(workdir)
   return done
@@ -123,8 +123,7 @@ def row(workdirs: list[Path], bundle: Bundle, cache_bytes: int) -> dict[str, Any
 def main() -> None:
   """Trains, evaluates and times all three."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--runs", default="runs/families")
-  parser.add_argument("--data", default="data/llava_smollm2")
+  parser.add_argument("--runs", default="runs")
   parser.add_argument("--debug", action="store_true")
   args = parser.parse_args()
   result, sides = {}, {}
