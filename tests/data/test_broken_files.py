@@ -134,6 +134,9 @@ def test_every_bad_record_has_its_reason(own, folder):  # noqa: F811
 @pytest.mark.parametrize("row, reason", [
   ({"content": [{"type": "audio", "audio": "x"}]}, "type 'audio'"),
   ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image_count"),
+  ({"content": [{"type": "video", "video": "film.mp4"}]}, "a video is str, not a list of frames"),
+  ({"content": [{"type": "video", "video": []}]}, "a video is empty, not a list of frames"),
+  ({"content": [{"type": "video", "video": ["1.jpg", 2]}]}, "an image is int, not a name or bytes"),
   ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
   ({"messages": [{"role": "user", "content": 3}]}, "a text is int"),
   ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not a name or bytes"),

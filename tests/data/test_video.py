@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from tests.data import video_source
+from tests.data import written
 from vlm_jax.configs import base
 from vlm_jax.core.document import Document, Image, Pixels, Text, Tokens, Video
 from vlm_jax.core.errors import UsageError
@@ -16,16 +16,38 @@ from vlm_jax.data.bad import BadExample
 from vlm_jax.data.images import Decoding
 
 K, SIDE = 3, 8
-FRAMES = [sum(counts) for counts in video_source.SHOWN]
+SHOWN = ((3,), (1, 2), (), (4,), (1,), (2, 1, 3))  # frames of what a document shows, 1: an image
+FRAMES = [sum(counts) for counts in SHOWN]
+
+
+def name(record: int, frame: int) -> str:
+  """The file of a frame of a record."""
+  return f"{record}-{frame}.png"
+
+
+def level(record: int, frame: int) -> int:
+  """The grey level of that frame, found nowhere else."""
+  return 20 * (record + 1) + frame
+
+
+def page(record: int) -> dict:
+  """A record of source "messages": what it shows, then a text."""
+  names, content = [name(record, frame) for frame in range(FRAMES[record])], []
+  for count in SHOWN[record]:
+    shown, names = names[:count], names[count:]
+    content.append({"type": "image", "image": shown[0]} if count == 1
+                   else {"type": "video", "video": shown})
+  return {"content": [*content, {"type": "text", "text": "a caption of some words"}]}
 
 
 @pytest.fixture
 def config(tmp_path):
-  """Flamingo on the six documents of `video_source`, two rows for all of them."""
+  """Flamingo on six documents, two rows for all of them."""
   for record, count in enumerate(FRAMES):
     for frame in range(count):
-      pixels = np.full((12, 10, 3), video_source.level(record, frame), np.uint8)
-      PIL.fromarray(pixels).save(tmp_path / video_source.name(record, frame))
+      pixels = np.full((12, 10, 3), level(record, frame), np.uint8)
+      PIL.fromarray(pixels).save(tmp_path / name(record, frame))
+  path = written.jsonl(tmp_path / "pages.jsonl", map(page, range(len(SHOWN))))
   tokenizer.train(["a caption of some words"] * 10, 270).inner.save(str(tmp_path / "t.json"))
   config = base.get_config()
   config.fusion.update(name="flamingo", image_attention="last")
@@ -34,8 +56,7 @@ def config(tmp_path):
   config.data.update(rows=2, tokens=120, images=10, frames=4, prefetch=0,
                      tokenizer=str(tmp_path / "t.json"))
   config.data.sources.shown = base.source(
-    name="tests.data.video_source", path="nothing", image_root=str(tmp_path),
-    ratio=len(video_source.SHOWN))
+    name="messages", path=path, image_root=str(tmp_path), ratio=len(SHOWN))
   return config
 
 
@@ -61,9 +82,9 @@ def seen(config, batch) -> dict[int, list[list[int]]]:
 
 def expected() -> dict[int, list[list[int]]]:
   made = {}
-  for record, counts in enumerate(video_source.SHOWN):
+  for record, counts in enumerate(SHOWN):
     ends = np.cumsum([0, *counts])
-    made[record] = [[video_source.level(record, frame) for frame in range(start, stop)]
+    made[record] = [[level(record, frame) for frame in range(start, stop)]
                     for start, stop in zip(ends[:-1], ends[1:], strict=True)]
   return {record: levels for record, levels in made.items() if levels}
 
@@ -73,7 +94,7 @@ def test_every_text_reads_the_frames_of_its_own_videos(config):
   batch, info = next(loader)
   assert info["documents"] == {"shown": 6} and not info["bad"]
   assert sorted(batch[TIME].ravel().tolist()) == [-1] * (20 - sum(FRAMES)) + sorted(
-    frame for counts in video_source.SHOWN for count in counts for frame in range(count))
+    frame for counts in SHOWN for count in counts for frame in range(count))
   assert (batch[TIME] >= 0).tolist() == (batch["media/images/segment_ids"] > 0).tolist()
   assert seen(config, batch) == expected()
   # Several videos and images of different lengths share a row, or the test says nothing.

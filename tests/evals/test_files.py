@@ -99,6 +99,8 @@ def test_conversations_ask_their_last_question(tmp_path):
   ("a.json", [{"image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}]}],
    "record 1: image_count"),
   ("a.jsonl", [{"messages": [say("user", ["http://x.org/a.png"], "x")]}], "remote_image"),
+  ("a.jsonl", [{"messages": [{"role": "user", "content": [
+    {"type": "video", "video": ["a.png"]}, {"type": "text", "text": "x"}]}]}], "it shows a video"),
   ("a.jsonl", [{"id": 1, "prompt": "x"}, {"id": 1, "prompt": "y"}], "has the id '1' twice"),
   ("a.jsonl", [{"prompt": "x"}], "line 1 must have an 'id'"),
   ("a.jsonl", [{"id": 1, "prompt": " "}], "line 1 asks nothing"),

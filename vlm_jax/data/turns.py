@@ -12,12 +12,16 @@ A record is a dict with one of these fields; which ones a format allows stands i
 and with "image" or "images": file names below image_root, data: URLs, bytes, or {"bytes", "path"}.
 A `<image>` in the text of such a record says where the next of them stands; with no mark at all
 they stand before the first turn. What was written with an image in its middle stays one turn.
+
+A video is a part of messages and pages, its frames named as images are, in the order of time:
+
+    {"type": "video", "video": ["1.png", "2.png", "3.png"]}
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vlm_jax.core.document import Image, Text, Visual
+from vlm_jax.core.document import Image, Text, Video, Visual
 from vlm_jax.data.bad import BadExample
 from vlm_jax.data.sources import Parts
 
@@ -70,6 +74,15 @@ def image(value: Any) -> Image:
   return Image(value)
 
 
+def video(value: Any) -> Video:
+  """A video as a record names it, the list of its frames; no file of a whole film is decoded."""
+  if not isinstance(value, list | tuple) or not value:
+    kind = "empty" if isinstance(value, list | tuple) else type(value).__name__
+    raise BadExample("wrong_record", f"a video is {kind}, not a list of frames; write its frames "
+                     "to files and name those")
+  return Video(tuple(map(image, value)))
+
+
 class _Supply:
   """The images of a record, handed out in order."""
 
@@ -89,7 +102,7 @@ class _Supply:
       raise BadExample("image_count", f"{self._used} or more {MARK}, {len(self._images)} images")
     return self._images[self._used - 1]
 
-  def split(self, text: Any) -> list[str | Image]:
+  def split(self, text: Any) -> list[str | Visual]:
     """A text cut at its marks, the images in their place."""
     first, *rest = _string(text).split(MARK)
     return [first, *(item for piece in rest for item in (self.next(), piece))]
@@ -159,11 +172,11 @@ def _captions(value: Any, supply: _Supply) -> list[Parts]:
   return [say([_string(one)], "text", loss=True) for one in value]
 
 
-def _content(value: Any, supply: _Supply) -> list[str | Image]:
-  """The items of OpenAI-style content: a text, or a list of text and image parts."""
+def _content(value: Any, supply: _Supply) -> list[str | Visual]:
+  """The items of OpenAI-style content: a text, or a list of text, image and video parts."""
   if not isinstance(value, list | tuple):
     return supply.split(value) if supply else [_string(value)]
-  items: list[str | Image] = []
+  items: list[str | Visual] = []
   for part in _list(value, "content"):
     kind = part.get("type")
     if kind == "text":
@@ -174,6 +187,8 @@ def _content(value: Any, supply: _Supply) -> list[str | Image]:
     elif kind == "image":
       own = next((part[name] for name in ("image", "path", "bytes") if part.get(name)), None)
       items.append(supply.next() if own is None else image(own))
+    elif kind == "video":
+      items.append(video(part.get("video")))
     else:
       raise BadExample("wrong_record", f"a content part of type '{kind}'")
   return items

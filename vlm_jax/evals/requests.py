@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.core.document import Image, Text
+from vlm_jax.core.document import Image, Text, Video
 from vlm_jax.core.errors import DataError, UsageError
 from vlm_jax.data import files, turns
 from vlm_jax.data import images as image_files
@@ -133,6 +133,8 @@ def _of_turns(row: dict[str, Any], key: str, folder: Path) -> Request:
     raise BadExample("wrong_record", "its last turn but an answer must be a user's question")
   first = max(index for index, part in enumerate(parts)
               if isinstance(part, Text) and not part.continues)
+  if any(isinstance(part, Video) for part in parts):
+    raise BadExample("wrong_record", "it shows a video, which no request can; ask Bundle.chat")
   images = tuple(_named(str(part.data), folder) for part in parts if isinstance(part, Image))
   written = lambda some: "".join(turns.MARK if isinstance(part, Image) else part.text
                                  for part in some)

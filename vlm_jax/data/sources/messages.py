@@ -5,6 +5,7 @@
         {"type": "image_url", "image_url": {"url": "1.jpg"}}]},
       {"role": "assistant", "content": "a cat"}]}
     {"content": [{"type": "text", "text": "A cat"}, {"type": "image", "image": "1.jpg"}]}
+    {"content": [{"type": "video", "video": ["1.jpg", "2.jpg"]}, {"type": "text", "text": "A cat"}]}
     {"text": "a text without images"}
 
 An image is a file name below image_root or a base64 data: URL; an http URL is never fetched. With
