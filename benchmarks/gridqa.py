@@ -4,14 +4,15 @@ Trains the variants of configs/gridqa.py from nothing and compares their numbers
 have not seen with the bands of that file; a number outside ends the script with exit code 1.
 Without an argument the shortest pair: every cell a token, and no picture.
 
-    python benchmarks/gridqa.py [ARG ...] [--full] [--out=FILE] [--split=test] [--seed=0]
+    python benchmarks/gridqa.py [ARG ...] [--full] [--out=FILE] [--jobs=1] [--split=test] [--seed=0]
                                 [--steps=0] [--data=FOLDER]
 
-`ARG` is an argument of the recipe that has bands, `--full` takes all of them, one after the other,
-and `--steps` changes how long they train (0: as the recipe says). A row is printed when its
-training ends and, with `--out`, added to that file, from where a script that was cut off takes it
-the next time. Recipes are chosen by `--split=validation`. There is no other side here, so nothing
-is timed but the whole of a variant, compilation included.
+`ARG` is an argument of the recipe that has bands, `--full` takes all of them, and `--steps` changes
+how long they train (0: as the recipe says). A row is printed when its training ends and, with
+`--out`, added to that file, from where a script that was cut off takes it the next time. With
+`--jobs`, on Linux, so many train at a time, each on its share of the cores: models this small leave
+most of a second core idle. Recipes are chosen by `--split=validation`. There is no other side here,
+so nothing is timed but the whole of a variant, compilation included.
 
 The last line is JSON with the keys
   seed, split  of parameters and order; of the grids that are asked about
@@ -25,10 +26,14 @@ The last line is JSON with the keys
 
 import argparse
 import json
+import os
+import queue
 import re
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +63,7 @@ def recipe(arg: str, args: argparse.Namespace) -> ConfigDict:
   for entry in config.evals.values():
     entry.split = args.split
   if args.steps:
-    config.train.update(steps=args.steps, checkpoint_every=args.steps)
+    config.train.steps = args.steps
   if config.data.sources.gridqa.images == "none":
     config.evals.gridqa.controls = ()
   return config.lock()
@@ -103,6 +108,26 @@ def known(path: str) -> dict[str, dict[str, Any]]:
   return {row["recipe"]: row for row in rows}
 
 
+def train_together(args: argparse.Namespace, chosen: list[str]) -> None:
+  """Adds the rows of `chosen` to `args.out`, `args.jobs` at a time, each a process of its own.
+
+  The last ones, which take longest, begin. What fails is missing, and then trained by the caller.
+  """
+  cores, free = sorted(os.sched_getaffinity(0)), queue.SimpleQueue()
+  for job in range(args.jobs):
+    free.put(",".join(map(str, cores[job::args.jobs] or cores)))
+  fields = [f"--{name}={getattr(args, name)}" for name in ("out", "split", "seed", "steps", "data")]
+
+  def one_of_them(arg: str) -> None:
+    mine = free.get()
+    command = ["taskset", "--cpu-list", mine, sys.executable, __file__, arg, *fields]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    free.put(mine)
+
+  with futures.ThreadPoolExecutor(args.jobs) as pool:
+    list(pool.map(one_of_them, reversed(chosen)))
+
+
 def lines(arg: str, result: dict[str, Any]) -> list[tuple]:
   """The rows of one argument, as `HEADER`."""
   return [(arg, result["tokens"], name, number["value"], *number["interval"],
@@ -116,6 +141,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("args", nargs="*", metavar="ARG", help="of the recipe")
   parser.add_argument("--full", action="store_true", help="everything that has bands")
   parser.add_argument("--out", default="", help="file of rows, to which missing ones are added")
+  parser.add_argument("--jobs", type=int, default=1, help="how many train at a time, with --out")
   parser.add_argument("--split", default="test", choices=("validation", "test"))
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=0)
@@ -124,6 +150,10 @@ def main(argv: list[str]) -> int:
   chosen = list(BANDS) if args.full else args.args or list(SHORT)
   if unknown := set(chosen) - set(BANDS):
     parser.error(f"no bands for {', '.join(sorted(unknown))}; choose among {' '.join(BANDS)}")
+  if args.jobs > 1:
+    if not args.out:
+      parser.error("--jobs needs --out=FILE, which takes the rows")
+    train_together(args, chosen)
   done, earlier, outside = {}, known(args.out), []
   print(protocol.line(HEADER, WIDTHS))
   for arg in chosen:

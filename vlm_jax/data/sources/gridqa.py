@@ -120,7 +120,7 @@ def parts(record: Record, form: str) -> list[Parts]:
   if form == "interleaved":
     return [_interleaved(rng, grid)]
   if form == "binding":
-    return [_named(rng, rng.choices(range(len(COLOURS)), k=BOUND))]
+    return [_named(rng, _bursts(rng))]
   if form == "episode":
     shots = rng.sample(range(len(COLOURS)), len(COLOURS))
     return [_named(rng, [*shots, rng.choice(shots)])]
@@ -143,6 +143,19 @@ def _interleaved(rng: random.Random, grid: Grid) -> Parts:
       before.append(other)
   asked = [*((one, rng.randrange(CELLS)) for one in before), (grid, last)]
   return tuple(part for one, cell in asked for part in (Image(pixels(one)), *_ask(one, cell)))
+
+
+def _bursts(rng: random.Random) -> list[int]:
+  """Colours of a binding document: often few, and often the last one again.
+
+  Eight that come evenly stay a guess for long; pairs and repeats are learned first.
+  """
+  few = rng.sample(range(len(COLOURS)), rng.choice((2, 2, 4, len(COLOURS))))
+  colours = rng.choices(few, k=BOUND)
+  for place in range(1, BOUND):
+    if rng.random() < 0.5:
+      colours[place] = colours[place - 1]
+  return colours
 
 
 def _named(rng: random.Random, colours: Sequence[int]) -> Parts:
