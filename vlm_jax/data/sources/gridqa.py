@@ -120,7 +120,7 @@ def parts(record: Record, form: str) -> list[Parts]:
   if form == "interleaved":
     return [_interleaved(rng, grid)]
   if form == "binding":
-    return [_named(rng, _bursts(rng))]
+    return [_named(rng, _repeats(rng))]
   if form == "episode":
     shots = rng.sample(range(len(COLOURS)), len(COLOURS))
     return [_named(rng, [*shots, rng.choice(shots)])]
@@ -145,16 +145,16 @@ def _interleaved(rng: random.Random, grid: Grid) -> Parts:
   return tuple(part for one, cell in asked for part in (Image(pixels(one)), *_ask(one, cell)))
 
 
-def _bursts(rng: random.Random) -> list[int]:
-  """Colours of a binding document: often few, and often the last one again.
+def _repeats(rng: random.Random) -> list[int]:
+  """Colours of a binding document: often few, and often that of a picture a little before.
 
-  Eight that come evenly stay a guess for long; pairs and repeats are learned first.
+  Eight that come evenly stay a guess for long; what came just before is matched first.
   """
-  few = rng.sample(range(len(COLOURS)), rng.choice((2, 2, 4, len(COLOURS))))
+  few = rng.sample(range(len(COLOURS)), rng.randint(2, len(COLOURS)))
   colours = rng.choices(few, k=BOUND)
   for place in range(1, BOUND):
-    if rng.random() < 0.5:
-      colours[place] = colours[place - 1]
+    if rng.random() < 0.6:
+      colours[place] = colours[place - min(place, rng.choice((1, 2, 4, 6, 8)))]
   return colours
 
 
