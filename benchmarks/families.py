@@ -8,8 +8,8 @@ evaluates them; then all three answer one question about a picture of noise, in 
 
 A training that was cut off goes on where it was, and what is done is read: launch/llava_smollm2.sh
 trains LLaVA's where this looks for it. `--debug` takes the recipes' sizes of that name, whose
-numbers mean nothing. No side is another's reference: what is
-compared is what a strategy costs and learns.
+numbers mean nothing. No side is another's reference: what is compared is what a strategy costs and
+learns.
 
 The last line is JSON; for each family, under its name:
   image_tokens      slots that a picture takes in the text

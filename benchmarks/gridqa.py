@@ -10,9 +10,9 @@ Without an argument the shortest pair: every cell a token, and no picture.
 `ARG` is an argument of the recipe that has bands, `--full` takes all of them, and `--steps` changes
 how long they train (0: as the recipe says). A row is printed when its training ends and, with
 `--out`, added to that file, from where a script that was cut off takes it the next time. With
-`--jobs`, on Linux, so many train at a time, each on its share of the cores: models this small leave
-most of a second core idle. Recipes are chosen by `--split=validation`. There is no other side here,
-so nothing is timed but the whole of a variant, compilation included.
+`--jobs`, on Linux, so many train at a time, each on its share of the cores. Recipes are chosen by
+`--split=validation`. There is no other side here, so nothing is timed but the whole of a variant,
+compilation included.
 
 The last line is JSON with the keys
   seed, split  of parameters and order; of the grids that are asked about
@@ -111,7 +111,8 @@ def known(path: str) -> dict[str, dict[str, Any]]:
 def train_together(args: argparse.Namespace, chosen: list[str]) -> None:
   """Adds the rows of `chosen` to `args.out`, `args.jobs` at a time, each a process of its own.
 
-  The last ones, which take longest, begin. What fails is missing, and then trained by the caller.
+  The last begin: BLIP-2, which takes longest, is one of them. What fails is missing, and then
+  trained by the caller.
   """
   cores, free = sorted(os.sched_getaffinity(0)), queue.SimpleQueue()
   for job in range(args.jobs):

@@ -1,7 +1,7 @@
 """GridQA: in how few tokens a strategy keeps a picture, and what it loses with fewer.
 
 Sixteen cells of eight colours (`data/sources/gridqa.py`), a cell a patch, and a decoder of three
-layers from scratch: a variant trains in a minute or three on two cores, as many steps as it needs,
+layers from scratch: a variant trains in one to five minutes of one core, as many steps as it needs,
 and differs from the others in what stands between picture and text alone. All see the same
 documents in the same order, but for the one that reads its question. Arguments, one of each group,
 joined by commas:

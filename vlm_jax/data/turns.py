@@ -75,7 +75,11 @@ def image(value: Any) -> Image:
 
 
 def video(value: Any) -> Video:
-  """A video as a record names it, the list of its frames; no file of a whole film is decoded."""
+  """A video as a record names it, the list of its frames; no file of a whole film is decoded.
+
+  Raises:
+    BadExample: "wrong_record", it is no such list, or as `image` of a frame.
+  """
   if not isinstance(value, list | tuple) or not value:
     kind = "empty" if isinstance(value, list | tuple) else type(value).__name__
     raise BadExample("wrong_record", f"a video is {kind}, not a list of frames; write its frames "
