@@ -12,33 +12,25 @@ from vlm_jax.core.fusion import find_fusion
 from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
-PLAIN = ("clip", "siglip")  # which do nothing but compare
-NAMES = (*PLAIN, "coca", "blip2_qformer")
-LENGTH = 7
+NAMES = tuple(name for name, row in t.STRATEGIES.items() if row.compares is not None)
+# Which compare all pairs at once, and those of them that do nothing else.
+PAIRS = tuple(name for name in NAMES if t.STRATEGIES[name].objectives == ("contrast",))
+PLAIN = tuple(name for name in PAIRS if not t.STRATEGIES[name].says)
+LENGTH = t.COMPARED
 END = t.VOCAB - 1
 
 
 def get_config(name: str, rows: int = 2) -> ConfigDict:
   """Towers of two layers and widths below 50; two sources, rows of four documents."""
-  config = base.get_config()
+  config, row = base.get_config(), t.STRATEGIES[name]
   config.fusion.update(name=name, width=20)
-  config.fusion.objectives = ConfigDict({"contrast": 1.0})
-  config.tower.update(image_size=t.SIDE, patch=4, width=24, depth=2, mlp=40, heads=3,
-                      pool="gap" if name == "clip" else "map")
+  config.fusion.objectives = ConfigDict(dict.fromkeys(row.objectives, 1.0))
+  config.tower.update(image_size=t.SIDE, patch=4, width=24, depth=2, mlp=40, heads=3, pool="map")
   config.llm.update(name="text_tower", vocab_size=t.VOCAB, width=32, depth=2, mlp=48, heads=4,
                     kv_heads=4, positions=LENGTH, activation="gelu", eos=END)
-  if name == "siglip":
-    config.llm.update(attends="full", pool="last")
-  if name == "coca":
-    config.tower.pool = "none"
-    config.connector.update(name="attention_pool", latents=t.K, heads=2)
-    config.llm.update(name="two_halves", tie_embeddings=False)
-  if name == "blip2_qformer":
-    config.fusion.objectives = ConfigDict(dict(itc=1.0, itm=1.0, itg=1.0))
-    config.tower.pool = "none"
-    config.connector.update(**t.QFORMER, vocab_size=t.VOCAB, positions=LENGTH)
   config.attention.implementation = "dense"
   config.data.update(rows=rows, images=4, tokens=4 * LENGTH)
+  config.update(row.compares)
   config.data.sources.pairs = base.source(form="caption")
   config.data.sources.words = base.source(form="caption")
   return config

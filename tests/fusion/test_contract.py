@@ -239,12 +239,10 @@ def test_docstring_picture_is_the_mask(variant):
                        if path.startswith("masks/")}).masks
     table = layout.sizes["table"] * t.reads_table(config)
     matches.append(draw(t.joined(masks, config, table), labels) == image)
-  if name in ("concat", "flamingo") and not fan_out:
-    assert matches == [attends in ("causal", "last"), attends in ("bidirectional", "all")]
-  elif attends == "bidirectional":
-    assert matches == [False]  # branches are drawn for causal images
-  else:
-    assert matches == [True]
+  drawn_for = [others for others, branched in t.STRATEGIES[name].says if branched == fan_out]
+  if fan_out:
+    del drawn_for[1:]  # branches are drawn for causal images alone
+  assert matches == [attends == others for others in drawn_for]
 
 
 # 5. The blocked kernel is the dense oracle; on every layout, gradients included.

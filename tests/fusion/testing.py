@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,56 +22,74 @@ from vlm_jax.core.tree import flatten, unflatten
 from vlm_jax.data.pack import Packer
 
 VOCAB, SIDE, SLOTS, K = 61, 8, 48, 4  # images are 2 x 2 patches of 4 pixels
+COMPARED = 7  # tokens of the longest text that is compared
 
 SILENT = "/key/bias"
 
-# Strategy, config.fusion.image_attention (None: the strategy does not read it), fan-out documents.
-VARIANTS = [
-  ("concat", "causal", False),
-  ("concat", "bidirectional", False),
-  ("concat", "causal", True),
-  ("concat", "bidirectional", True),
-  ("prefix_lm", None, False),
-  ("prefix_lm", None, True),
-  ("simvlm", None, False),
-  ("simvlm", None, True),
-  ("blip2", None, False),
-  ("blip2", None, True),
-  ("blip2_t5", None, False),
-  ("blip2_t5", None, True),
-  ("instructblip", None, True),
-  ("instructblip_t5", None, True),
-  ("llava_next", "causal", False),
-  ("llava_next", "causal", True),
-  ("flamingo", "last", False),
-  ("flamingo", "all", False),
-  ("flamingo", "last", True),
-  ("coca", None, False),
-]
-# What a strategy needs of the language model beside the sizes below.
-LLM = {
-  "simvlm": dict(name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
-                 linear_bias=True, positions=64, encoder_depth=2),
-  "coca": dict(name="two_halves", kv_heads=4, positions=24, activation="gelu"),
-  **dict.fromkeys(("blip2_t5", "instructblip_t5"), dict(
-    name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4, relative_buckets=8,
-    relative_distance=12, encoder_depth=2)),
-}
 QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
+T5 = dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
+          relative_buckets=8, relative_distance=12, encoder_depth=2)
 READS = 37  # ids of a connector that reads
 INSTRUCTED = dict(connector=dict(QFORMER, vocab_size=READS, positions=8),
                   data=dict(instruction_tokens=6))
-# And of other nodes.
-NODES = {
-  "coca": dict(connector=dict(name="attention_pool", latents=K, heads=2)),
-  "flamingo": dict(connector=dict(name="perceiver", width=24, latents=K, depth=1, heads=2,
-                                  head_dim=6, hidden=20), bridge=dict(mlp=40),
-                   data=dict(tokens=40)),
-  "blip2": dict(connector=QFORMER),
-  "blip2_t5": dict(connector=QFORMER),
-  "instructblip": INSTRUCTED,
-  "instructblip_t5": INSTRUCTED,
+EITHER = ((None, False), (None, True))  # plain documents, and those that fan out
+
+Nodes = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What the tests of all strategies know of one; a new strategy adds its row and no more.
+
+  Attributes:
+    says: (config.fusion.image_attention or None where it is not read, fan-out documents) of every
+      variant whose logits are tested; empty: it does not speak.
+    nodes: node of the config to fields, where those of `get_config` do not do.
+    compares: the same for `contrast.get_config`; None: it does not compare pictures with texts.
+    objectives: weights of what comparing is made of.
+    captions: beginnings of the paths of parameters that comparing does not reach.
+  """
+
+  says: tuple[tuple[str | None, bool], ...] = ()
+  nodes: Nodes = dataclasses.field(default_factory=dict)
+  compares: Nodes | None = None
+  objectives: tuple[str, ...] = ("contrast",)
+  captions: tuple[str, ...] = ()
+
+
+STRATEGIES = {
+  "concat": Row((("causal", False), ("bidirectional", False),
+                 ("causal", True), ("bidirectional", True))),
+  "prefix_lm": Row(EITHER),
+  "simvlm": Row(EITHER, dict(llm=dict(
+    name="encoder_decoder", norm="layer", feed_forward="plain", activation="gelu",
+    linear_bias=True, positions=64, encoder_depth=2))),
+  "blip2": Row(EITHER, dict(connector=QFORMER)),
+  "blip2_t5": Row(EITHER, dict(connector=QFORMER, llm=T5)),
+  "instructblip": Row(((None, True),), INSTRUCTED),
+  "instructblip_t5": Row(((None, True),), dict(INSTRUCTED, llm=T5)),
+  "llava_next": Row((("causal", False), ("causal", True)), dict(
+    data=dict(tokens=64, images=12, decode=dict(grids=((1, 2),))))),
+  "flamingo": Row((("last", False), ("all", False), ("last", True)), dict(
+    connector=dict(name="perceiver", width=24, latents=K, depth=1, heads=2, head_dim=6, hidden=20),
+    bridge=dict(mlp=40), data=dict(tokens=40))),
+  "clip": Row(compares=dict(tower=dict(pool="gap"))),
+  "siglip": Row(compares=dict(llm=dict(attends="full", pool="last"))),
+  "coca": Row(
+    ((None, False),),
+    dict(connector=dict(name="attention_pool", latents=K, heads=2),
+         llm=dict(name="two_halves", kv_heads=4, positions=24, activation="gelu")),
+    compares=dict(tower=dict(pool="none"),
+                  connector=dict(name="attention_pool", latents=K, heads=2),
+                  llm=dict(name="two_halves", tie_embeddings=False)),
+    captions=("llm/second", "llm/norm", "llm/head")),
+  "blip2_qformer": Row(
+    compares=dict(tower=dict(pool="none"),
+                  connector=dict(QFORMER, vocab_size=VOCAB, positions=COMPARED)),
+    objectives=("itc", "itm", "itg")),
 }
+# Strategy, image_attention, whether documents fan out.
+VARIANTS = [(name, *variant) for name, row in STRATEGIES.items() for variant in row.says]
 
 
 def get_config(name: str, image_attention: str | None = None, fan_out: bool = False) -> ConfigDict:
@@ -81,14 +100,9 @@ def get_config(name: str, image_attention: str | None = None, fan_out: bool = Fa
     config.fusion.image_attention = image_attention
   config.tower.update(image_size=SIDE, patch=4, width=24, depth=2, mlp=40, heads=3)
   config.llm.update(vocab_size=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2)
-  config.llm.update(LLM.get(name, {}))
   config.attention.update(block_q=16, block_k=16)
   config.data.update(rows=2, tokens=SLOTS, decoder_tokens=SLOTS // 2, images=4)
-  for node, values in NODES.get(name, {}).items():
-    config[node].update(values)
-  if name == "llava_next":
-    config.data.update(tokens=64, images=12)
-    config.data.decode.grids = ((1, 2),)
+  config.update(STRATEGIES[name].nodes)
   config.data.sources.pairs = base.source(form="fan_out" if fan_out else "conversation")
   config.data.sources.words = base.source()
   return config
