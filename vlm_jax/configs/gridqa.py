@@ -15,7 +15,8 @@ joined by commas:
   qformer1    one query of a Q-Former, which does not know what will be asked
   instructed1 the same query, told the question before it reads the picture: a picture is asked one
               question, so there are as many pictures as questions
-  flamingo    eight latents, which gated layers read; a picture is one token of the text
+  flamingo    every cell a row, which gated layers read: which picture do they follow? A picture is
+              one token of the text; what a resampler loses is told by those above
   flamingo_all   its control: text sees every picture of the document, not the last one before it
   blip2, coca    BLIP-2's first stage and CoCa: grids are compared with captions, each of which has
                  another in the step that differs in one cell, and captioned; with no word below
@@ -42,8 +43,8 @@ from vlm_jax.data.sources.gridqa import BOUND, CELLS, SHOWN
 RESAMPLER = {"connector.name": "perceiver", "connector.depth": 2, "connector.heads": 8,
              "connector.head_dim": 8, "connector.activation": "gelu", "train.steps": 600}
 # A gate starts at zero and Adam moves it by no more than the rate: too little in so few steps.
-FLAMINGO = {**RESAMPLER, "fusion.name": "flamingo", "connector.latents": 8, "data.tokens": 336,
-            "optim.groups": (("bridge/.*_gate", 10.0),), "train.steps": 1000}
+FLAMINGO = {"fusion.name": "flamingo", "connector.name": "linear", "data.tokens": 336,
+            "optim.groups": (("bridge/.*_gate", 10.0),)}
 QFORMER = {"fusion.name": "blip2", "connector.name": "qformer", "connector.latents": 1,
            "connector.depth": 2, "connector.cross_every": 1, "connector.slot_width": 64,
            "connector.heads": 4}
