@@ -27,6 +27,7 @@ COMPARED = 7  # tokens of the longest text that is compared
 SILENT = "/key/bias"
 
 QFORMER = dict(name="qformer", latents=K, slot_width=18, heads=3, depth=2, hidden=24)
+POOLED = dict(name="attention_pool", latents=K, heads=2)
 T5 = dict(name="t5", norm="rms", activation="gelu_tanh", query_scalar=1.0, kv_heads=4,
           relative_buckets=8, relative_distance=12, encoder_depth=2)
 READS = 37  # ids of a connector that reads
@@ -46,7 +47,7 @@ class Row:
       variant whose logits are tested; empty: it does not speak.
     nodes: node of the config to fields, where those of `get_config` do not do.
     compares: the same for `contrast.get_config`; None: it does not compare pictures with texts.
-    objectives: weights of what comparing is made of.
+    objectives: what comparing is made of, each with a weight of 1.
     captions: beginnings of the paths of parameters that comparing does not reach.
   """
 
@@ -77,10 +78,9 @@ STRATEGIES = {
   "siglip": Row(compares=dict(llm=dict(attends="full", pool="last"))),
   "coca": Row(
     ((None, False),),
-    dict(connector=dict(name="attention_pool", latents=K, heads=2),
+    dict(connector=POOLED,
          llm=dict(name="two_halves", kv_heads=4, positions=24, activation="gelu")),
-    compares=dict(tower=dict(pool="none"),
-                  connector=dict(name="attention_pool", latents=K, heads=2),
+    compares=dict(tower=dict(pool="none"), connector=POOLED,
                   llm=dict(name="two_halves", tie_embeddings=False)),
     captions=("llm/second", "llm/norm", "llm/head")),
   "blip2_qformer": Row(
