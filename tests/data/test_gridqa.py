@@ -107,6 +107,18 @@ def test_a_name_holds_in_its_document_alone(splits, form, count):
   assert meant.keys() == set(gridqa.NAMES) and all(len(found) == 8 for found in meant.values())
 
 
+def test_where_a_colour_was_before_is_said_by_its_picture_alone(splits):
+  """The last name, where it came once before, did so behind any picture: places teach nothing."""
+  seen = collections.Counter()
+  for number in range(10_000):
+    parts, = gridqa.parts(splits["train"][0] | {"key": f"train/{number}"}, "binding")
+    names = [part.text for part in parts[1::2]]
+    if names[:-1].count(names[-1]) == 1:
+      seen[len(names) - 1 - names.index(names[-1])] += 1
+  assert seen.keys() == set(range(1, gridqa.BOUND))
+  assert max(seen.values()) < 0.2 * seen.total() and min(seen.values()) > 0.025 * seen.total()
+
+
 def test_every_word_is_one_token_of_the_recipe(splits):
   texts = [text for record in splits["train"] for text in gridqa.texts(record)]
   config = recipes.load("configs/gridqa.py")

@@ -146,15 +146,19 @@ def _interleaved(rng: random.Random, grid: Grid) -> Parts:
 
 
 def _repeats(rng: random.Random) -> list[int]:
-  """Colours of a binding document: often few, and often that of a picture a little before.
+  """Colours of a binding document, of two kinds; no distance says where a colour was before.
 
-  Eight that come evenly stay a guess for long; what came just before is matched first.
+  Half show each of theirs, then any of them again: what is asked for, but a guess for long. The
+  others often show that of a picture a little before, which is matched first.
   """
   few = rng.sample(range(len(COLOURS)), rng.randint(2, len(COLOURS)))
+  if rng.random() < 0.5:
+    return few + rng.choices(few, k=BOUND - len(few))
   colours = rng.choices(few, k=BOUND)
   for place in range(1, BOUND):
     if rng.random() < 0.6:
-      colours[place] = colours[place - min(place, rng.choice((1, 2, 4, 6, 8)))]
+      back = range(1, place + 1)
+      colours[place] = colours[place - rng.choices(back, [1 / one for one in back])[0]]
   return colours
 
 
