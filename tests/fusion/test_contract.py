@@ -328,10 +328,10 @@ def test_accumulation_is_one_big_batch(variant, made):
 # 8. Eight devices compute what one does.
 
 
-@pytest.mark.parametrize(
-  "meshes, oks", [((), 5), pytest.param(("--all",), 20, marks=pytest.mark.long)], ids=["one", "all"]
-)
-@pytest.mark.timeout(3600)  # as many programs for eight devices as meshes, optimized with --full
+@pytest.mark.parametrize("meshes, oks", [
+  pytest.param((), 5, id="one"),
+  # As many programs for eight devices as meshes, optimized with --full.
+  pytest.param(("--all",), 20, id="all", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_eight_devices_are_one(meshes, oks):
   script = Path(__file__).with_name("eight_devices.py")
   command = [sys.executable, str(script), *meshes]

@@ -212,10 +212,10 @@ def test_cached_embeddings_give_the_whole_gradient_of_a_softmax():  # 7
   assert t.error(jax.tree.map(lambda *leaves: sum(leaves), *parts), expected) > LOUD * 1e-5
 
 
-@pytest.mark.parametrize(
-  "meshes, oks", [((), 2), pytest.param(("--all",), 9, marks=pytest.mark.long)], ids=["one", "all"]
-)
-@pytest.mark.timeout(3600)  # as many programs for eight devices as meshes, optimized with --full
+@pytest.mark.parametrize("meshes, oks", [
+  pytest.param((), 2, id="one"),
+  # As many programs for eight devices as meshes, optimized with --full.
+  pytest.param(("--all",), 9, id="all", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 def test_eight_devices_are_one(meshes, oks):  # 8
   script = Path(__file__).with_name("contrast_devices.py")
   command = [sys.executable, str(script), *meshes]

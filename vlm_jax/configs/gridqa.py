@@ -138,8 +138,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update(tokens=config.data.tokens + 64, images=many + SHOWN)
     config.evals.gridqa.limit = 1000
   if task == "binding":
-    # Pictures are matched, and no place in them counts: colours are loud, and no longer sums of
-    # three channels, of which two colours share most; heads are wide enough to tell eight apart.
+    # Pictures are matched by their colour and have no places: colours are loud, and behind the
+    # tower's MLP, since embedded ones share up to two of three channels. Narrower heads learn late.
     config.tower.update(std=(1.0,) * 3, feature_layer=-1)
     config.llm.head_dim = 32
     config.data.update(rows=1, images=8 * BOUND)
